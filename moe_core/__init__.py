@@ -1,0 +1,22 @@
+"""moe_core: Mixture-of-Experts in plain PyTorch, small enough to read in an afternoon.
+
+    x (B, N, D) --Router--> Routing --DispatchPlan--> rows (A, D) + counts (E,) --Experts--> rows --combine--> y (B, N, D)
+
+Dimension letters, everywhere: B batch, N tokens per sequence, T = B*N, D d_model, F d_ff, E experts, K slots per token,
+C capacity, A kept assignments. A local tensor carries its dims as a suffix: ``scores_BNE``, ``rows_AD``.
+"""
+
+from . import capacity, losses
+from .config import MoEConfig
+from .dispatch import DispatchPlan
+from .experts import Experts, FeedForward
+from .layer import MixtureOfExperts
+from .lm import LanguageModel, LMConfig
+from .routers import Router, TopKRouter
+from .routing import DropReason, Routing
+
+__version__ = "0.1.0"
+__all__ = [
+    "DispatchPlan", "DropReason", "Experts", "FeedForward", "LMConfig", "LanguageModel", "MixtureOfExperts", "MoEConfig",
+    "Router", "Routing", "TopKRouter", "capacity", "losses",
+]

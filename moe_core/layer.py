@@ -1,0 +1,53 @@
+"""MixtureOfExperts = router + plan + experts (+ shared experts)."""
+
+from torch import Tensor, nn
+
+from .config import MoEConfig
+from .experts import Experts, FeedForward
+from .routers import TopKRouter
+from .routing import Routing
+
+
+class MixtureOfExperts(nn.Module):
+    r"""A layer that stands where a transformer's feed-forward layer stood.
+
+    .. math:: y_t = \sum_{k} w_{t,k} \, f_{e_{t,k}}(x_t) \; [+ f_{shared}(x_t)]
+
+    Args:
+        config: an ``MoEConfig``.
+
+    Attributes:
+        router: returns a ``Routing``. experts: an ``Experts``. shared_experts: a ``FeedForward`` every token visits, or None.
+    """
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.config = config
+        self.router = TopKRouter(
+            config.d_model, config.n_experts, config.top_k, capacity_factor=config.capacity_factor,
+            norm_topk_prob=config.norm_topk_prob, aux_loss_weight=config.aux_loss_weight, z_loss_weight=config.z_loss_weight,
+            jitter_noise=config.jitter_noise,
+        )
+        mlp = {"activation": config.activation, "glu": config.glu}
+        self.experts = Experts(
+            config.d_model, config.d_ff, config.n_experts, drop_path=config.drop_path, backend=config.backend, **mlp
+        )
+        self.shared_experts = None
+        if config.n_shared_experts:
+            self.shared_experts = FeedForward(config.d_model, config.n_shared_experts * config.d_ff, **mlp)
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """Route, compute, combine.
+
+        Args:
+            x: (B, N, D) tokens.
+            padding_mask: (B, N) bool, True for real tokens; None when all are real.
+
+        Returns:
+            y (B, N, D) in x's dtype, and the ``Routing``. The residual connection is the caller's.
+        """
+        routing = self.router(x, padding_mask)
+        y = self.experts(x, routing)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return y, routing

@@ -1,0 +1,162 @@
+"""Routing: the one object that leaves a router, and its contract.
+
+Everything downstream (dispatch, losses, metrics, figures) reads only this. Routers in which a token may take any number of
+experts use K = E slots and mask the ones they do not take: one representation for all.
+"""
+
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from ._validate import one_of
+
+
+class DropReason(IntEnum):
+    """Why a slot is not kept; the codes in ``Routing.drop_reason``."""
+
+    KEPT = 0
+    OVER_CAPACITY = 1
+    PADDING = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Which expert each slot of each token goes to, with which weight, and whether it got in.
+
+    Attributes:
+        expert_indices: (B, N, K) int64, the expert each slot goes to.
+        expert_weights: (B, N, K) float32, the weight with which that expert's output is combined.
+        capacity_mask: (B, N, K) bool, True where the slot is kept: selected, and under capacity.
+        logits: (B, N, E) float32, before the score function; a selection bias never appears here.
+        scores: (B, N, E) float32, after the score function; a selection bias never appears here.
+        drop_reason: (B, N, K) int8, a ``DropReason`` for each slot.
+        losses: name -> weighted, differentiable scalar.
+        capacity: the most slots an expert may keep, None when dropless.
+        padding_mask: (B, N) bool, True for real tokens, None when all are real.
+        normalized: the router promises that the K weights of a token sum to 1 (before any slot is dropped).
+
+    With float64 input the float fields are float64.
+    """
+
+    expert_indices: Tensor
+    expert_weights: Tensor
+    capacity_mask: Tensor
+    logits: Tensor
+    scores: Tensor
+    drop_reason: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    capacity: int | None = None
+    padding_mask: Tensor | None = None
+    normalized: bool = False
+
+    @property
+    def n_experts(self) -> int:
+        """E."""
+        return self.scores.shape[-1]
+
+    @property
+    def top_k(self) -> int:
+        """K, the number of slots per token."""
+        return self.expert_indices.shape[-1]
+
+    @property
+    def aux_loss(self) -> Tensor:
+        """Sum of ``losses``; a zero scalar when there are none."""
+        return sum(self.losses.values(), start=self.scores.new_zeros(()))
+
+    @property
+    def selected_mask(self) -> Tensor:
+        """(B, N, K) bool: the slots the router asked for, whether or not there was room."""
+        return self.capacity_mask | (self.drop_reason == DropReason.OVER_CAPACITY)
+
+    @property
+    def tokens_per_expert(self) -> Tensor:
+        """(E,) int64: kept slots per expert."""
+        return self._count(self.capacity_mask).sum(0)
+
+    @property
+    def drop_rate(self) -> Tensor:
+        """Scalar: the share of selected slots that found no room; 0 when nothing was selected."""
+        dropped = (self.drop_reason == DropReason.OVER_CAPACITY).sum()
+        return dropped / self.selected_mask.sum().clamp(min=1)
+
+    def slot_share(self, scope: str = "batch") -> Tensor:
+        """f_e, the share of selected slots (before capacity) that chose expert e; sums to 1 over experts.
+
+        Args:
+            scope: "batch" pools all tokens -> (E,); "sequence" keeps the sequences apart -> (B, E).
+        """
+        counts_BE = self._count(self.selected_mask)
+        counts = _pool(counts_BE, scope).to(self.scores.dtype)
+        return counts / counts.sum(-1, keepdim=True).clamp(min=1)
+
+    def mean_score(self, scope: str = "batch") -> Tensor:
+        """P_e, the mean score of expert e over real tokens; carries gradient. Scope as in ``slot_share``."""
+        real_BN = self.real_tokens.to(self.scores.dtype)
+        total_BE = torch.einsum("bne,bn->be", self.scores, real_BN)
+        return _pool(total_BE, scope) / _pool(real_BN.sum(-1, keepdim=True), scope).clamp(min=1)
+
+    @property
+    def real_tokens(self) -> Tensor:
+        """(B, N) bool: True where the token is not padding."""
+        if self.padding_mask is not None:
+            return self.padding_mask
+        return torch.ones(self.expert_indices.shape[:2], dtype=torch.bool, device=self.expert_indices.device)
+
+    def with_losses(self, **losses: Tensor) -> "Routing":
+        """The same routing with these weighted losses added."""
+        return replace(self, losses={**self.losses, **losses})
+
+    def check(self) -> "Routing":
+        """Raise ValueError where the routing breaks its contract; return the routing itself otherwise.
+
+        For tests and debugging: it reads tensor values, so on a GPU it waits for the device.
+        """
+        slots, tokens, E = self.expert_indices.shape, self.expert_indices.shape[:2], self.n_experts
+        for name, dtypes in {
+            "expert_indices": (torch.int64,), "expert_weights": (torch.float32, torch.float64),
+            "capacity_mask": (torch.bool,), "drop_reason": (torch.int8,),
+        }.items():
+            tensor = getattr(self, name)
+            _require(tensor.shape == slots, f"{name} has shape {tuple(tensor.shape)}, expert_indices {tuple(slots)}")
+            _require(tensor.dtype in dtypes, f"{name} has dtype {tensor.dtype}, must be {dtypes[0]}")
+        for name in ("logits", "scores"):
+            tensor = getattr(self, name)
+            _require(tensor.shape == (*tokens, E), f"{name} has shape {tuple(tensor.shape)}, must be {(*tokens, E)}")
+            _require(tensor.dtype in (torch.float32, torch.float64), f"{name} has dtype {tensor.dtype}, must be float32")
+        for name in ("expert_weights", "logits", "scores"):
+            _require(bool(getattr(self, name).isfinite().all()), f"{name} holds NaN or infinity")
+        in_range = (self.expert_indices >= 0) & (self.expert_indices < E)
+        _require(bool(in_range.all()), f"expert_indices must lie in [0, {E})")
+        _require(torch.equal(self.capacity_mask, self.drop_reason == DropReason.KEPT), "capacity_mask and drop_reason disagree")
+        chosen_BNE = torch.zeros(*tokens, E, dtype=torch.int64, device=self.logits.device)
+        chosen_BNE.scatter_add_(-1, self.expert_indices, self.selected_mask.long())
+        _require(bool((chosen_BNE <= 1).all()), "an expert is chosen twice for one token")
+        _require(not bool(self.selected_mask[~self.real_tokens].any()), "a padding token has a selected slot")
+        if self.capacity is not None:
+            most = int(self.tokens_per_expert.max())
+            _require(most <= self.capacity, f"an expert keeps {most} slots, capacity is {self.capacity}")
+        if self.normalized:
+            off = (self.expert_weights.sum(-1) - 1).abs()[self.real_tokens]
+            _require(bool((off < 1e-5).all()), "expert_weights of a token must sum to 1")
+        for name, loss in self.losses.items():
+            _require(loss.ndim == 0 and bool(loss.isfinite()), f"losses[{name!r}] must be a finite scalar")
+        return self
+
+    def _count(self, mask_BNK: Tensor) -> Tensor:
+        """(B, E) int64: how many slots under the mask went to each expert. scatter_add_, since bincount waits for the GPU."""
+        B = self.expert_indices.shape[0]
+        counts_BE = torch.zeros(B, self.n_experts, dtype=torch.int64, device=self.expert_indices.device)
+        return counts_BE.scatter_add_(-1, self.expert_indices.flatten(1), mask_BNK.flatten(1).long())
+
+
+def _pool(values_BE: Tensor, scope: str) -> Tensor:
+    one_of(("batch", "sequence"), scope=scope)
+    return values_BE.sum(0) if scope == "batch" else values_BE
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"Routing.check: {message}")

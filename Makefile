@@ -1,0 +1,45 @@
+# Two commands: `make book` and `make test`. Everything else is a convenience.
+VENV ?= .venv
+PORT ?= 8000
+SERVE ?= 1
+SHELL := /bin/bash
+PY := $(VENV)/bin/python
+# The environment is made again when what it should hold changes, or where it stands: the sum is the stamp's name.
+READY := $(VENV)/ready-$(shell { cat requirements.txt pyproject.toml book/tools/bootstrap.py; pwd; } | cksum | cut -d ' ' -f 1)
+PYTHON ?=
+NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120
+HTML := _build/html
+
+.PHONY: help book build test browser lab chapters repo clean
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' Makefile | awk -F '|' '{ printf "  %-14s %s\n", $$1, $$2 }'
+
+book: build ## build the book and serve it at http://127.0.0.1:8000 (SERVE=0 only builds, PORT= another port)
+	@if [ "$(SERVE)" != 0 ]; then exec $(PY) book/tools/serve.py $(HTML) $(PORT); fi
+
+test: build browser ## run everything: unit tests, every notebook, the browser tests
+	@$(PY) -m pytest $(NBVAL) tests book/chapters book/solutions
+
+lab: $(READY) ## open JupyterLab on the chapters
+	@$(PY) -m jupyterlab --ServerApp.root_dir=book --LabApp.default_url=/lab/tree/chapters
+
+chapters: $(READY) ## execute and normalise the notebooks (CHAPTER=02 only that one)
+	@$(PY) book/tools/chapters.py $(CHAPTER)
+
+repo: ## stamp the repository's URL into the book: make repo URL=https://github.com/you/moe-book
+	@python=$$(PYTHON="$(PYTHON)" book/tools/find-python.sh) && "$$python" book/tools/repo.py "$(URL)" $(BRANCH)
+
+clean: ## remove what was built; the environment stays (make clean VENV=.venv ALL=1 removes it too)
+	@rm -rf _build jupyter_execute book/_static/vendor build *.egg-info $(if $(ALL),$(VENV))
+
+$(READY):
+	@python=$$(PYTHON="$(PYTHON)" book/tools/find-python.sh) && "$$python" book/tools/bootstrap.py $(VENV)
+	@rm -f $(VENV)/ready-* && touch $@
+
+# A page that gave a warning is not built again, so after a failure the next build would pass: it starts over instead.
+build: $(READY)
+	@echo "Building the book"
+	@$(PY) $(VENV)/bin/jupyter-book build . -n -W --keep-going -q || { rm -rf _build/.doctrees; echo "The book did not build." >&2; exit 1; }
+
+browser: $(READY)
+	@$(PY) book/tools/browser.py

@@ -40,10 +40,8 @@ class History:
         """Held-out and training loss against the step, as a plotly Figure."""
         from .figures import curves  # plotly is not needed to train
 
-        return curves(
-            {"training batch": (self.step, [self.loss]), "held-out text": (self.eval_step, [self.valid_loss])},
-            x_title="optimiser step", y_title="loss (nats per byte)",
-        )
+        series = {"training batch": self.loss, "held-out text": self.valid_loss}
+        return curves(series, x={"training batch": self.step, "held-out text": self.eval_step}, y_title="loss (nats per byte)")
 
 
 @torch.no_grad()
@@ -103,8 +101,8 @@ def train(model: LanguageModel, corpus: Corpus, *, steps: int, batch_size: int =
         for router, routing in zip(routers, routings):
             router.update([routing])
         history.step.append(step)
-        history.loss.append(float(loss))
-        history.aux_loss.append(float(aux_loss))
+        history.loss.append(loss.item())
+        history.aux_loss.append(aux_loss.item())
         history.load.append([(r.tokens_per_expert / r.tokens_per_expert.sum().clamp(min=1)).tolist() for r in routings])
         history.seconds += time.perf_counter() - start
         if on_step is not None:

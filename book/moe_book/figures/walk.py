@@ -1,0 +1,62 @@
+"""A token's walk through an MoE layer: from the token to its experts, and back to where it stood."""
+
+import plotly.graph_objects as go
+
+from .. import theme
+from ._arrays import array
+
+
+def token_walk(tokens: list[str], expert_indices, expert_weights, *, n_experts: int, current: int, height: int = 400) -> go.Figure:
+    """Tokens on the left, experts in the middle, outputs on the right; the routes of tokens up to ``current``, the last one bold.
+
+    Args:
+        tokens: T labels.
+        expert_indices, expert_weights: (T, K) the experts of each token and their weights in 0 .. 1 (the width of the route).
+        n_experts: E.
+        current: 0 .. T-1, the token that is walking now; later ones have not set out yet.
+
+    Raises:
+        ValueError: current is not a token.
+    """
+    index_TK, weight_TK = array(expert_indices, 2, "expert_indices"), array(expert_weights, 2, "expert_weights")
+    T, K = index_TK.shape
+    if not 0 <= current < T:
+        raise ValueError(f"current={current} must be between 0 and T-1={T - 1}")
+    token_y = [T - 1 - t for t in range(T)]
+    expert_y = [(T - 1) * (1 - (e + 0.5) / n_experts) for e in range(n_experts)]
+    traces = []
+    for t in range(T):  # every frame holds the same traces, so that only their look changes from frame to frame
+        for k in range(K):
+            e, w = int(index_TK[t, k]), float(weight_TK[t, k])
+            alpha = 0.0 if t > current else 1.0 if t == current else 0.16
+            width = 1 + 9 * w if t == current else 1.5
+            traces.append(go.Scatter(x=[0.09, 0.91, 1.09, 1.91], y=[token_y[t], expert_y[e], expert_y[e], token_y[t]], mode="lines",
+                                     line={"color": theme.fade(theme.expert_color(e, n_experts), alpha), "width": width}))
+    count_E = [int((index_TK[: current + 1] == e).sum()) for e in range(n_experts)]
+    labels = [_visible(token) for token in tokens]
+    for x, shown in ((0, T), (2, current + 1)):
+        sizes = [30] * T
+        fill = [theme.fade(theme.INK, 0.0)] * T
+        ink = [theme.INK if t == current else theme.MUTED if t < shown else theme.CLEAR for t in range(T)]
+        traces.append(go.Scatter(x=[x] * T, y=token_y, mode="markers+text", text=labels,
+                                 textfont={"size": 16, "color": ink, "family": "monospace"},
+                                 marker={"symbol": "square", "size": sizes, "color": fill, "line": {"width": [3 if t == current else 1 for t in range(T)], "color": ink}}))
+    traces.append(go.Scatter(
+        x=[1] * n_experts, y=expert_y, mode="markers", marker={
+            "symbol": "square", "size": 46, "color": [theme.expert_color(e, n_experts) for e in range(n_experts)]},
+    ))
+    traces.append(go.Scatter(
+        x=[1] * n_experts, y=[y - 0.72 for y in expert_y], mode="text", textfont={"color": theme.INK, "size": 13},
+        text=[f"expert {e}: {n} slot{'' if n == 1 else 's'}" for e, n in enumerate(count_E)],
+    ))
+    hidden = {"visible": False, "range": [-0.15, 2.15]}
+    return theme.figure(
+        traces, height=height, margin={"l": 4, "r": 4, "t": 28, "b": 4}, xaxis=hidden,
+        yaxis={"visible": False, "range": [-0.75, T - 0.4]},
+        annotations=[{"x": x, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False, "text": text, "font": {"color": theme.MUTED}}
+                     for x, text in ((0, "tokens in"), (1, "experts"), (2, "tokens out"))],
+    )
+
+
+def _visible(token: str) -> str:
+    return {" ": "␣", "\n": "⏎"}.get(token, token)

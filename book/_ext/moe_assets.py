@@ -1,11 +1,16 @@
-"""Sphinx glue: put the scripts that pages need into book/_static/vendor, from installed packages, so that no page asks the network.
+"""Sphinx glue: pages that ask the network for nothing.
+
+The scripts they need go into book/_static/vendor, from installed packages; the theme's scripts that would ask elsewhere are left out.
 
 vendor/ is never committed: plotly.min.js comes out of the plotly wheel, MathJax out of django-static-mathjax (of which only the one
 component in use and its fonts are taken), explorer.js and explorer.css from moe_book.
 """
+import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+
+from markupsafe import Markup
 
 MATHJAX = "mathjax/es5/tex-mml-chtml.js"
 
@@ -46,8 +51,33 @@ def vendor(app, _config) -> None:
             shutil.copyfile(source, target)
 
 
+# What the theme and docutils write, and what it must be: each with its reason.
+REPAIRS = [
+    (r'<link rel="preload" as="font"[^>]*>', ""),  # with `crossorigin`, which a page opened as a file may not use; the CSS loads the fonts
+    (r'<div class="bd-sidebar-primary', r'<div role="complementary" aria-label="Book" class="bd-sidebar-primary'),  # its logo is in no landmark
+    (r'role="list" (class="citation-list")', r"\1"),  # a list without list items is worse than none to a screen reader
+    (r' role="doc-biblioentry"', ""),  # deprecated
+]
+
+
+def repaired(html: str) -> str:
+    """A page's HTML with the accessibility and offline defects of its generators mended."""
+    for pattern, replacement in REPAIRS:
+        html = re.sub(pattern, replacement, html)
+    return html
+
+
+def page(_app, _pagename, _templatename, context, _doctree) -> None:
+    """Leave out thebe, which runs code on a public server: jupyter-book loads its script, which throws, even when it is switched off."""
+    context["script_files"] = [js for js in context["script_files"] if "thebe" not in f"{js.filename} {js.attributes}".lower()]
+    context["css_files"] = [css for css in context["css_files"] if "thebe" not in str(css.filename)]
+    context["repaired"] = lambda html: Markup(repaired(html))
+    context["body"] = repaired(context.get("body", ""))
+
+
 def setup(app):
     app.connect("config-inited", vendor)
+    app.connect("html-page-context", page, priority=900)  # after those who add scripts
     app.add_css_file("vendor/explorer.css")
     app.add_js_file("vendor/explorer.js", loading_method="defer")
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -48,5 +48,7 @@ class DispatchPlan:
         B, N, K = expert_weights.shape
         none_1D = rows_AD.new_zeros(1, rows_AD.shape[-1])
         slots_SD = torch.cat([rows_AD, none_1D]).index_select(0, self.row_of_slot)
-        y_TD = torch.einsum("tkd,tk->td", slots_SD.view(B * N, K, -1).to(expert_weights.dtype), expert_weights.view(B * N, K))
-        return y_TD.view(B, N, -1).to(rows_AD.dtype)
+        slots_TKD = slots_SD.view(B * N, K, rows_AD.shape[-1]).to(expert_weights.dtype)
+        with torch.autocast(rows_AD.device.type, enabled=False):
+            y_TD = torch.einsum("tkd,tk->td", slots_TKD, expert_weights.reshape(B * N, K))
+        return y_TD.view(B, N, rows_AD.shape[-1]).to(rows_AD.dtype)

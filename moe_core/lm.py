@@ -95,7 +95,7 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D); position n sees positions 0..n."""
         B, N, D = x.shape
-        q, k, v = self.qkv_proj(x).view(B, N, 3, self.n_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv_proj(x).view(B, N, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
         return self.out_proj(y.transpose(1, 2).reshape(B, N, D))
 

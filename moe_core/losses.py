@@ -19,7 +19,7 @@ def load_balance(routing: Routing, *, scope: str = "batch") -> Tensor:
 
     Args:
         routing: what any router returned; scores (B, N, E), expert_indices (B, N, K).
-        scope: "batch" pools all tokens, "sequence" averages the loss of each sequence.
+        scope: "batch" pools all tokens, "sequence" averages the loss of each sequence that has a real token.
 
     Returns:
         Scalar, 1 at perfect balance, E when every slot goes to one expert with certainty, 0 when there is no real token.
@@ -32,7 +32,9 @@ def load_balance(routing: Routing, *, scope: str = "batch") -> Tensor:
     share = routing.slot_share(scope)
     score = routing.mean_score(scope)
     loss = routing.n_experts * (share * score).sum(-1)
-    return loss.sum() / max(loss.numel(), 1)
+    if scope == "batch":
+        return loss
+    return loss.sum() / routing.real_tokens.any(-1).sum().clamp(min=1)
 
 
 def z_loss(routing: Routing) -> Tensor:

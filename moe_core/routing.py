@@ -95,7 +95,7 @@ class Routing:
     def mean_score(self, scope: str = "batch") -> Tensor:
         """P_e, the mean score of expert e over real tokens; carries gradient. Scope as in ``slot_share``."""
         real_BN = self.real_tokens.to(self.scores.dtype)
-        total_BE = torch.einsum("bne,bn->be", self.scores, real_BN)
+        total_BE = (self.scores * real_BN.unsqueeze(-1)).sum(1)  # no matmul: autocast would run it in bfloat16
         return _pool(total_BE, scope) / _pool(real_BN.sum(-1, keepdim=True), scope).clamp(min=1)
 
     @property

@@ -1,0 +1,127 @@
+"""What the tests of the core share: small inputs, hand-made routings, and references written one token at a time."""
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from moe_core import DropReason, MoEConfig, Routing, TopKRouter
+from moe_core.experts import ACTIVATIONS
+
+# The same examples on every run, and no clock.
+fast = settings(max_examples=40, deadline=None, derandomize=True, database=None,
+                suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors])
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    """Normal numbers that are the same on every call."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def mask(*shape, seed=0):
+    """Random booleans, about three in four True."""
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < 0.75
+
+
+def config(**changes) -> MoEConfig:
+    """A small valid MoEConfig."""
+    return MoEConfig(**{"d_model": 8, "d_ff": 16, "n_experts": 4, "top_k": 2, **changes})
+
+
+def seeded(make, *args, seed=0, **kwargs):
+    """make(*args, **kwargs) with torch's generator at this seed, so that parameters are the same on every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return make(*args, **kwargs)
+
+
+def routing_of(indices, n_experts, *, scores=None, weights=None, reasons=None, padding_mask=None, capacity=None) -> Routing:
+    """A Routing written by hand from nested lists; kept slots, even weights and even scores unless told otherwise."""
+    indices = torch.as_tensor(indices, dtype=torch.int64)
+    B, N, K = indices.shape
+    reasons = torch.zeros(B, N, K, dtype=torch.int8) if reasons is None else torch.as_tensor(reasons, dtype=torch.int8)
+    scores = torch.full((B, N, n_experts), 1 / n_experts) if scores is None else torch.as_tensor(scores)
+    weights = torch.full((B, N, K), 1 / K) if weights is None else torch.as_tensor(weights)
+    return Routing(
+        expert_indices=indices, expert_weights=weights, capacity_mask=reasons == DropReason.KEPT, logits=scores.clamp(min=1e-9).log(),
+        scores=scores, drop_reason=reasons, padding_mask=padding_mask, capacity=capacity,
+    )
+
+
+def mlp_of_expert(experts, e, x):
+    """f_e(x) for one token, from the formula."""
+    projected = experts.gate_up_proj[e] @ x
+    if experts.glu:
+        gate, up = projected[: experts.d_ff], projected[experts.d_ff :]
+        hidden = ACTIVATIONS[experts.activation](gate) * up
+    else:
+        hidden = ACTIVATIONS[experts.activation](projected)
+    return experts.down_proj[e] @ hidden
+
+
+def experts_token_by_token(experts, x, routing):
+    """What Experts must return: every token, every slot, one after the other."""
+    B, N, K = routing.expert_indices.shape
+    rows = []
+    for b in range(B):
+        for n in range(N):
+            y = x[b, n] * 0
+            for k in range(K):
+                if routing.capacity_mask[b, n, k]:
+                    y = y + routing.expert_weights[b, n, k] * mlp_of_expert(experts, routing.expert_indices[b, n, k], x[b, n])
+            rows.append(y)
+    return torch.stack(rows).view(x.shape) if rows else x * 0
+
+
+def first_come_first_served(routing, capacity):
+    """The capacity mask of the position policy, as a queue in plain Python."""
+    kept, places = routing.capacity_mask.clone(), [0] * routing.n_experts
+    for b, n, k in torch.cartesian_prod(*map(torch.arange, kept.shape)).tolist():
+        if kept[b, n, k]:
+            expert = int(routing.expert_indices[b, n, k])
+            kept[b, n, k] = places[expert] < capacity
+            places[expert] += int(kept[b, n, k])
+    return kept
+
+
+@dataclass
+class Case:
+    """One drawn situation: sizes, a seed, how large the logits are (0: all tied), and whether some tokens are padding."""
+
+    B: int
+    N: int
+    E: int
+    K: int
+    seed: int
+    scale: float
+    padded: bool
+    capacity_factor: float | None
+    normalized: bool
+    D: int = 4
+
+    def x(self, dtype=torch.float32):
+        return randn(self.B, self.N, self.D, seed=self.seed, dtype=dtype)
+
+    def padding_mask(self):
+        return mask(self.B, self.N, seed=self.seed) if self.padded else None
+
+    def router(self, **changes) -> TopKRouter:
+        router = seeded(TopKRouter, self.D, self.E, self.K, seed=self.seed, **{
+            "capacity_factor": self.capacity_factor, "norm_topk_prob": self.normalized, "aux_loss_weight": 0.01, "z_loss_weight": 0.001,
+            **changes,
+        })
+        with torch.no_grad():
+            router.weight *= self.scale
+        return router
+
+
+@st.composite
+def cases(draw) -> Case:
+    """Situations a router must survive: no sequence, no token, one expert, K = E, ties, saturated softmax, padding, no room."""
+    E = draw(st.integers(1, 6))
+    return Case(
+        B=draw(st.integers(0, 3)), N=draw(st.integers(0, 6)), E=E, K=draw(st.integers(1, E)), seed=draw(st.integers(0, 999)),
+        scale=draw(st.sampled_from([0.0, 1.0, 10.0, 1e4])), padded=draw(st.booleans()),
+        capacity_factor=draw(st.sampled_from([None, 0.0, 0.5, 1.0, 1.25, 100.0])), normalized=draw(st.booleans()),
+    )

@@ -39,7 +39,7 @@ $(READY):
 # A page that gave a warning is not built again, so after a failure the next build would pass: it starts over instead.
 build: $(READY)
 	@echo "Building the book"
-	@$(PY) $(VENV)/bin/jupyter-book build . -n -W --keep-going -q || { rm -rf _build/.doctrees; echo "The book did not build." >&2; exit 1; }
+	@$(PY) $(VENV)/bin/jupyter-book build . -n -W --keep-going -q >/dev/null || { rm -rf _build/.doctrees; echo "The book did not build." >&2; exit 1; }
 
 browser: $(READY)
 	@$(PY) book/tools/browser.py

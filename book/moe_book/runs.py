@@ -7,6 +7,7 @@ versions, and the curves. Chapters load the JSON and say so.
 import json
 import os
 import platform
+import re
 from datetime import date
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def save(name: str, *, config: dict, seeds: list[int], results: dict) -> Path:
         "results": _rounded(results),
     }
     path = FOLDER / f"{name}.json"
-    path.write_text(json.dumps(record, indent=1, sort_keys=True, separators=(",", ": ")) + "\n")
+    text = json.dumps(record, indent=1, sort_keys=True, separators=(",", ": "))
+    text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: "[" + re.sub(r",\s+", ",", found[1]) + "]", text)  # a list of numbers, a line
+    path.write_text(text + "\n")
     return path
 
 

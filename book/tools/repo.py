@@ -30,7 +30,7 @@ class Repository:
     branch: str = "main"
 
     def __post_init__(self):
-        if not re.fullmatch(r"(https|git\+file|file)://[\w.~/-]+[\w~]", self.url) or self.url.endswith(".git"):
+        if not re.fullmatch(r"https://[\w.~/-]+[\w~]", self.url) or self.url.endswith(".git"):
             raise ValueError(f"URL={self.url!r} must look like https://github.com/you/moe-book")
         if not re.fullmatch(r"[\w./-]+", self.branch):
             raise ValueError(f"BRANCH={self.branch!r} must be the name of a branch or tag")

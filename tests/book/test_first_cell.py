@@ -62,17 +62,21 @@ def clean() -> dict[str, str]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there; a hosted notebook runs Linux")
 def test_first_cell_brings_the_book_and_leaves_torch_alone(project, bare, tmp_path):
+    here = repo.read(project)
     as_author = ["git", "-c", "user.name=test", "-c", "user.email=test@example.invalid", "-c", "commit.gpgsign=false"]
-    for command in (["git", "init", "-q", "-b", "main"], ["git", "add", "-A"], [*as_author, "commit", "-qm", "copy"]):
+    for command in (["git", "init", "-q", "-b", here.branch], ["git", "add", "-A"], [*as_author, "commit", "-qm", "copy"]):
         subprocess.run(command, cwd=project, check=True, stdin=subprocess.DEVNULL)
     before = installed(bare)
     assert "torch" in before and not {"plotly", "anywidget", "ipywidgets", "moe-book"} & set(before)
 
-    cell = repo.Repository(project.as_uri()).first_cell
+    # The cell runs to the letter; git alone is told that the repository it names lies here.
+    redirect = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{project.as_uri()}.insteadOf", "GIT_CONFIG_VALUE_0": here.url}
     check = "import moe_core, torch; print('CORE', moe_core.__file__); print('BOOK', moe_book.__file__); print('TORCH', torch.__file__)"
     script = tmp_path / "cell.ipy"
-    script.write_text(f"{cell}\n{check}\n")
-    ran = subprocess.run([bare, "-m", "IPython", "--quick", "--no-banner", str(script)], cwd=tmp_path, env={**clean(), "IPYTHONDIR": str(tmp_path / "ipython")}, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
+    script.write_text(f"{here.first_cell}\n{check}\n")
+    environment = {**clean(), **redirect, "IPYTHONDIR": str(tmp_path / "ipython")}
+    command = [bare, "-m", "IPython", "--quick", "--no-banner", "--colors=NoColor", str(script)]
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300)
     assert ran.returncode == 0 and "Traceback" not in ran.stdout, ran.stdout + ran.stderr
     where = dict(re.findall(r"^(CORE|BOOK|TORCH) (.+)$", ran.stdout, re.M))
     assert where["TORCH"].startswith(str(tmp_path / "preinstalled")), "torch was replaced"

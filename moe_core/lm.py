@@ -50,7 +50,7 @@ class LMConfig:
     def dense_twin(self) -> "LMConfig":
         """The dense model whose feed-forward layer costs what a token's experts cost: F_dense = (K + shared) * F.
 
-        The router's own D*E multiplications per token are the only difference in FLOPs.
+        What an MoE layer multiplies beyond that, per token: D*E in the router, and K*D to weight and add the experts' outputs.
 
         Raises:
             ValueError: the model is dense already.

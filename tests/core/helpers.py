@@ -10,7 +10,7 @@ from moe_core import DropReason, MoEConfig, Routing, TopKRouter
 from moe_core.experts import ACTIVATIONS
 
 # The same examples on every run, and no clock.
-fast = settings(max_examples=40, deadline=None, derandomize=True, database=None,
+fast = settings(max_examples=30, deadline=None, derandomize=True, database=None,
                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors])
 
 

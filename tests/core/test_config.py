@@ -1,0 +1,104 @@
+"""Arguments out of range are refused where they are given, with their name, their value and what is allowed."""
+
+import json
+import math
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+from moe_core import Experts, FeedForward, LMConfig, MixtureOfExperts, MoEConfig, TopKRouter
+
+from .helpers import config
+
+MOE, LM, ROUTER, EXPERTS, DENSE = (
+    (config, {}),
+    (LMConfig, {"d_ff": 64}),
+    (TopKRouter, {"d_model": 8, "n_experts": 4, "top_k": 2}),
+    (Experts, {"d_model": 8, "d_ff": 16, "n_experts": 4}),
+    (FeedForward, {"d_model": 8, "d_ff": 16}),
+)
+WHOLE, AT_LEAST_0, BELOW_1 = "must be a whole number, at least 1", "must be at least 0", "must be at least 0.0 and below 1.0"
+ACTIVATION = "must be one of 'silu', 'gelu', 'relu', 'relu2'"
+
+WRONG = [
+    *[(made, name, value, WHOLE) for value in (0, -1, 2.0, True, "8", None) for made, name in [
+        (MOE, "d_model"), (MOE, "d_ff"), (MOE, "n_experts"), (ROUTER, "d_model"), (ROUTER, "n_experts"), (EXPERTS, "d_model"),
+        (EXPERTS, "d_ff"), (EXPERTS, "n_experts"), (DENSE, "d_model"), (LM, "vocab_size"), (LM, "n_layers"), (LM, "max_seq_len"),
+        (LM, "d_model"), (LM, "n_heads"),
+    ]],
+    *[(LM, "d_ff", value, WHOLE) for value in (0, 2.0, True)],
+    *[(made, "top_k", value, "must be between 1 and n_experts=4") for value in (0, 5, -1, 1.0, True, None) for made in (MOE, ROUTER)],
+    *[(made, name, value, AT_LEAST_0) for value in (-0.1, math.nan, "0", True) for made in (MOE, ROUTER)
+      for name in ("capacity_factor", "aux_loss_weight", "z_loss_weight")],
+    *[(made, "jitter_noise", value, BELOW_1) for value in (-0.1, 1.0, math.nan, None) for made in (MOE, ROUTER)],
+    *[(made, "drop_path", value, BELOW_1) for value in (-0.1, 1.0, math.nan, None) for made in (MOE, EXPERTS)],
+    *[(made, "activation", value, ACTIVATION) for value in ("swish", "", None) for made in (MOE, EXPERTS, DENSE)],
+    *[(made, "backend", "triton", "must be one of 'auto', 'loop', 'grouped'") for made in (MOE, EXPERTS)],
+    *[(MOE, "n_shared_experts", value, "must be a whole number, at least 0") for value in (-1, 0.5, True)],
+    (MOE, "router", "top-k", "must be one of 'topk'"),
+    (EXPERTS, "ep_size", 2, "must be 1"),
+    (EXPERTS, "ep_size", 0, "must be 1"),
+]
+
+
+@pytest.mark.parametrize(("made", "name", "value", "allowed"), WRONG,
+                         ids=[f"{make.__name__}-{name}={value}" for (make, _), name, value, _ in WRONG])
+def test_a_wrong_argument_is_named_with_its_value_and_its_range(made, name, value, allowed):
+    make, good = made
+    with pytest.raises(ValueError) as error:
+        make(**{**good, name: value})
+    assert str(error.value).startswith(f"{name}={value!r} {allowed}")
+
+
+@pytest.mark.parametrize("make", [config, TopKRouter, Experts, LMConfig])
+def test_a_misspelt_argument_is_refused(make):
+    with pytest.raises(TypeError, match="capacity_facter"):
+        make(capacity_facter=1.0)
+
+
+@pytest.mark.parametrize("changes", [
+    {"top_k": 4}, {"n_experts": 1, "top_k": 1}, {"capacity_factor": 0}, {"capacity_factor": None}, {"d_model": 1, "d_ff": 1},
+    {"jitter_noise": 0.999}, {"n_shared_experts": 0}, {"aux_loss_weight": 0, "z_loss_weight": 1},
+], ids=str)
+def test_the_ends_of_the_ranges_are_allowed(changes):
+    MixtureOfExperts(config(**changes))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({}, "give exactly one of d_ff"),
+    ({"d_ff": 8, "moe": config()}, "give exactly one of d_ff"),
+    ({"moe": config()}, "moe.d_model=8 must equal d_model=128"),
+    ({"d_ff": 8, "d_model": 20, "n_heads": 4}, r"d_model=20 must be a multiple of 2 \* n_heads=8"),
+])
+def test_a_language_model_that_does_not_fit_together_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LMConfig(**arguments)
+
+
+@pytest.mark.parametrize("cfg", [
+    config(), config(capacity_factor=1.25, norm_topk_prob=False, aux_loss_weight=0.01, n_shared_experts=2, activation="relu2", glu=False),
+    LMConfig(d_ff=64), LMConfig(d_model=8, n_heads=2, moe=config(top_k=1)),
+], ids=["defaults", "everything", "dense", "moe"])
+def test_a_config_survives_json(cfg):
+    assert type(cfg).from_dict(json.loads(json.dumps(cfg.to_dict()))) == cfg
+
+
+def test_a_config_dict_holds_every_field():
+    assert set(config().to_dict()) == {field.name for field in fields(MoEConfig)}
+
+
+@pytest.mark.parametrize("cls", [MoEConfig, LMConfig])
+def test_unknown_keys_are_refused_by_name(cls):
+    with pytest.raises(ValueError, match=f"unknown keys in {cls.__name__}: dropout, width"):
+        cls.from_dict({"d_model": 8, "width": 3, "dropout": 0.1})
+
+
+def test_the_keys_inside_moe_are_checked_too():
+    with pytest.raises(ValueError, match="unknown keys in MoEConfig: experts"):
+        LMConfig.from_dict({"moe": {"experts": 8}})
+
+
+def test_a_config_cannot_be_changed_and_can_be_a_key():
+    with pytest.raises(FrozenInstanceError):
+        config().top_k = 1
+    assert {config(): 1}[config()] == 1

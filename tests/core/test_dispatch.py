@@ -1,0 +1,119 @@
+"""DispatchPlan against loops over tokens."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moe_core import DispatchPlan, DropReason, MixtureOfExperts
+
+from .helpers import cases, config, fast, randn, routing_of
+
+
+def random_routing(case, **changes):
+    return case.router(**changes).double()(case.x(torch.float64), case.padding_mask())
+
+
+@fast
+@given(cases())
+def test_rows_are_the_kept_slots_by_expert_and_in_the_order_of_the_batch(case):
+    routing = random_routing(case)
+    rows = DispatchPlan(routing).gather(case.x(torch.float64))
+    x_TD, expected = case.x(torch.float64).flatten(0, 1), []
+    for e in range(case.E):
+        for slot, expert in enumerate(routing.expert_indices.flatten().tolist()):
+            if expert == e and routing.capacity_mask.flatten()[slot]:
+                expected.append(x_TD[slot // case.K])
+    assert torch.equal(rows, torch.stack(expected) if expected else torch.zeros(0, case.D, dtype=torch.float64))
+
+
+@fast
+@given(cases())
+def test_counts_are_the_rows_of_each_expert(case):
+    routing = random_routing(case)
+    plan = DispatchPlan(routing)
+    experts_of_rows = routing.expert_indices.flatten()[plan.slot_A]
+    assert torch.equal(experts_of_rows, torch.arange(case.E).repeat_interleave(plan.counts_E))
+    assert plan.counts_E.sum() == len(plan.slot_A) == routing.capacity_mask.sum()
+
+
+@fast
+@given(cases())
+def test_combine_equals_a_loop_over_tokens_forward_and_backward(case):
+    routing = random_routing(case)
+    plan = DispatchPlan(routing)
+    rows = randn(len(plan.slot_A), 3, seed=case.seed, dtype=torch.float64).requires_grad_()
+    weights = routing.expert_weights.detach().requires_grad_()
+    expected = torch.zeros(case.B * case.N, 3, dtype=torch.float64)
+    for row, slot in enumerate(plan.slot_A.tolist()):
+        expected = expected.index_add(0, torch.tensor([slot // case.K]), (weights.flatten()[slot] * rows[row]).unsqueeze(0))
+    expected, got = expected.view(case.B, case.N, 3), plan.combine(rows, weights)
+    assert torch.allclose(got, expected, atol=1e-12, rtol=0)
+    probe = randn(case.B, case.N, 3, seed=1, dtype=torch.float64)
+    if len(rows):
+        for a, b in zip(torch.autograd.grad(got, (rows, weights), probe), torch.autograd.grad(expected, (rows, weights), probe)):
+            assert torch.allclose(a, b, atol=1e-12, rtol=0)
+
+
+@fast
+@given(cases())
+def test_combining_what_was_gathered_gives_each_token_times_the_sum_of_its_kept_weights(case):
+    routing, x = random_routing(case), case.x(torch.float64)
+    plan = DispatchPlan(routing)
+    kept = (routing.expert_weights * routing.capacity_mask).sum(-1, keepdim=True)
+    assert torch.allclose(plan.combine(plan.gather(x), routing.expert_weights), x * kept, atol=1e-12, rtol=0)
+
+
+def test_a_token_without_a_kept_slot_gets_exactly_zero_even_from_infinite_rows():
+    routing = routing_of([[[0], [1]]], 2, reasons=[[[0], [DropReason.OVER_CAPACITY]]], capacity=1)
+    plan = DispatchPlan(routing)
+    y = plan.combine(torch.full((1, 3), torch.inf), routing.expert_weights)
+    assert y[0, 0].isinf().all() and (y[0, 1] == 0).all()
+
+
+def test_a_plan_has_no_parameters():
+    assert not isinstance(DispatchPlan(routing_of([[[0]]], 1)), torch.nn.Module)
+
+
+def test_gathered_rows_are_a_copy():
+    x = randn(1, 1, 3)
+    DispatchPlan(routing_of([[[0]]], 1)).gather(x).zero_()
+    assert torch.equal(x, randn(1, 1, 3))
+
+
+def test_strides_do_not_matter():
+    routing = routing_of([[[0, 1], [2, 0], [1, 2]]] * 2, 3, weights=randn(2, 3, 2))
+    x, rows, plan = randn(2, 3, 4), randn(12, 4, seed=1), DispatchPlan(routing)
+    scattered = lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)  # noqa: E731
+    assert torch.equal(plan.gather(scattered(x)), plan.gather(x))
+    assert torch.equal(plan.combine(scattered(rows), scattered(routing.expert_weights)), plan.combine(rows, routing.expert_weights))
+    indices = scattered(routing.expert_indices)
+    assert torch.equal(DispatchPlan(replace(routing, expert_indices=indices)).slot_A, plan.slot_A)
+
+
+def test_bfloat16_rows_are_summed_in_float32_and_rounded_once():
+    routing = routing_of([[list(range(8))]], 8, weights=randn(1, 1, 8).softmax(-1))
+    plan, rows = DispatchPlan(routing), randn(8, 64, dtype=torch.bfloat16)
+    expected = (routing.expert_weights[0, 0] @ rows.float()).bfloat16()
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            assert torch.equal(plan.combine(rows, routing.expert_weights)[0, 0], expected)
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu2"])
+def test_a_dropless_layer_never_waits_for_a_tensors_value(activation):
+    """Under FakeTensorMode reading a value raises, as it would stall a GPU; only bfloat16 has a fake grouped matmul."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with FakeTensorMode():
+            moe = MixtureOfExperts(config(aux_loss_weight=0.01, z_loss_weight=0.001, n_shared_experts=1, activation=activation))
+            x = torch.randn(2, 3, 8, requires_grad=True)
+            y, routing = moe(x)
+            (y.square().sum() + routing.aux_loss).backward()
+            assert x.grad.shape == x.shape
+            with pytest.raises(Exception, match="aten._local_scalar_dense|data-dependent|DataDependent"):
+                y.sum().item()  # the instrument works
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -1,0 +1,170 @@
+"""The language model: causal, comparable with its dense twin, and trained on the right target."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe_core import FeedForward, LanguageModel, LMConfig, MixtureOfExperts
+from moe_core.lm import CausalAttention, next_token_loss
+
+from .helpers import config, randn, seeded
+
+
+def lm_config(**moe) -> LMConfig:
+    return LMConfig(vocab_size=32, d_model=16, n_layers=2, n_heads=2, max_seq_len=8, moe=config(d_model=16, d_ff=12, **moe))
+
+
+def model(cfg: LMConfig) -> LanguageModel:
+    """With every parameter larger than at the usual start, so that nothing hides behind small numbers."""
+    lm = seeded(LanguageModel, cfg)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter *= 5 if parameter.ndim > 1 else 1
+    return lm
+
+
+def tokens(B=2, N=8, seed=0):
+    return torch.randint(32, (B, N), generator=torch.Generator().manual_seed(seed))
+
+
+def test_next_token_loss_of_a_case_by_hand():
+    logits = torch.log(torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [1 / 3, 1 / 3, 1 / 3]]]))
+    # position 0 predicts token 1 (p = 0.2), position 1 predicts token 2 (p = 0.6); position 2 predicts nothing
+    expected = -(math.log(0.2) + math.log(0.6)) / 2
+    assert next_token_loss(logits, torch.tensor([[0, 1, 2]])).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_next_token_loss_of_even_logits_is_the_logarithm_of_the_vocabulary():
+    assert next_token_loss(torch.zeros(2, 5, 256), torch.zeros(2, 5, dtype=torch.int64)).item() == pytest.approx(math.log(256))
+
+
+def test_next_token_loss_is_float32_for_bfloat16_logits():
+    logits = randn(1, 3, 32, dtype=torch.bfloat16)
+    assert torch.equal(next_token_loss(logits, tokens(1, 3)), next_token_loss(logits.float(), tokens(1, 3)))
+
+
+def test_the_loss_at_the_start_is_close_to_that_of_a_guess():
+    lm = seeded(LanguageModel, lm_config())
+    assert next_token_loss(lm(tokens(8))[0], tokens(8)).item() == pytest.approx(math.log(32), abs=0.05)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("changed", [1, 4, 7])
+def test_a_later_token_never_changes_earlier_logits_when_dropless(dense, changed):
+    cfg = lm_config(n_shared_experts=1)
+    lm, seen, other = model(cfg.dense_twin() if dense else cfg).double(), tokens(), tokens()
+    other[:, changed] = (other[:, changed] + 1) % 32
+    a, b = lm(seen)[0], lm(other)[0]
+    assert torch.allclose(a[:, :changed], b[:, :changed], atol=1e-12, rtol=0)
+    assert (a[:, changed:] - b[:, changed:]).abs().amax(-1).min() > 1e-6  # and the instrument sees a change
+
+
+def test_a_later_token_never_changes_earlier_logits_with_capacity_in_a_batch_of_one():
+    lm, seen, other = model(lm_config(capacity_factor=0.5)).double(), tokens(1), tokens(1)
+    other[:, 5:] = (other[:, 5:] + 7) % 32
+    assert torch.allclose(lm(seen)[0][:, :5], lm(other)[0][:, :5], atol=1e-12, rtol=0)
+
+
+def test_a_sequence_does_not_depend_on_the_others_of_its_batch_when_dropless():
+    lm = model(lm_config()).double()
+    assert torch.allclose(lm(tokens())[0][1:], lm(tokens()[1:])[0], atol=1e-12, rtol=0)
+
+
+def test_attention_depends_on_distances_not_on_positions():
+    attention = seeded(CausalAttention, 16, 2, 64).double()
+    q, k = randn(1, 2, 1, 8, dtype=torch.float64), randn(1, 2, 1, 8, seed=1, dtype=torch.float64)
+    rotated = lambda h: attention._rotate(h.expand(1, 2, 64, 8))  # noqa: E731, the same head at every position
+    scores = rotated(q) @ rotated(k).transpose(-2, -1)
+    for distance in (0, 1, 5):
+        diagonal = scores.diagonal(-distance, -2, -1)
+        assert torch.allclose(diagonal, diagonal[..., :1].expand_as(diagonal), atol=1e-5)  # the angles are float32
+    assert not torch.allclose(scores[..., 5, 4], scores[..., 5, 3], atol=1e-3)
+
+
+def test_an_moe_model_returns_one_routing_a_layer_and_a_dense_one_none():
+    logits, routings = model(lm_config())(tokens())
+    assert logits.shape == (2, 8, 32) and len(routings) == 2
+    assert all(routing.check().expert_indices.shape == (2, 8, 2) for routing in routings)
+    assert model(lm_config().dense_twin())(tokens())[1] == []
+
+
+def test_the_padding_mask_reaches_every_router():
+    padding_mask = torch.ones(2, 8, dtype=torch.bool)
+    padding_mask[1, 5:] = False
+    logits, routings = model(lm_config())(tokens(), padding_mask)
+    assert all(routing.check().tokens_per_expert.sum() == 26 for routing in routings)
+    assert torch.allclose(logits[padding_mask], model(lm_config())(tokens())[0][padding_mask], atol=1e-5)
+
+
+def flops(cfg: LMConfig) -> int:
+    with FlopCounterMode(display=False) as counter:
+        model(cfg)(tokens())
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("moe", [{}, {"top_k": 1}, {"n_shared_experts": 2}, {"top_k": 4, "aux_loss_weight": 0.01}], ids=str)
+def test_the_dense_twin_costs_the_same_but_for_the_router_and_the_weighting(moe):
+    cfg = lm_config(backend="loop", **moe)
+    T, D, E, K = 2 * 8, 16, 4, cfg.moe.top_k
+    weighting = K * D if K > 1 else 0  # for one slot it is no matmul, and the counter counts nothing else
+    assert flops(cfg) - flops(cfg.dense_twin()) == cfg.n_layers * 2 * T * (D * E + weighting)
+
+
+def test_the_dense_twin_differs_in_the_feed_forward_layers_only():
+    cfg = lm_config(top_k=2, n_shared_experts=1)
+    twin = cfg.dense_twin()
+    assert (twin.d_ff, twin.moe) == (36, None)
+    moe, dense = seeded(LanguageModel, cfg), seeded(LanguageModel, twin)
+    rest = lambda lm: {n: p.shape for n, p in lm.named_parameters() if ".feed_forward." not in n}  # noqa: E731
+    assert rest(moe) == rest(dense)
+    assert isinstance(moe.blocks[0].feed_forward, MixtureOfExperts) and isinstance(dense.blocks[0].feed_forward, FeedForward)
+
+
+def test_a_dense_model_has_no_twin():
+    with pytest.raises(ValueError, match="the model is dense already"):
+        lm_config().dense_twin().dense_twin()
+
+
+def test_what_writes_to_the_residual_stream_starts_smaller():
+    cfg = LMConfig(vocab_size=64, d_model=64, n_layers=8, moe=config(d_model=64, d_ff=64, n_shared_experts=1))
+    for lm in (seeded(LanguageModel, cfg), seeded(LanguageModel, cfg.dense_twin())):
+        for name, parameter in lm.named_parameters():
+            if parameter.ndim > 1:
+                writes = "out_proj" in name or "down_proj" in name
+                assert parameter.std().item() == pytest.approx(0.005 if writes else 0.02, rel=0.15), name
+            else:
+                assert (parameter == 1).all()
+
+
+def test_input_and_output_embeddings_are_one():
+    lm = model(lm_config().dense_twin())
+    lm(torch.zeros(1, 2, dtype=torch.int64))[0].sum().backward()
+    assert (lm.embedding.weight.grad[1:].abs().sum(-1) > 0).all()  # tokens 1 to 31 went in nowhere, they only come out
+
+
+def test_every_parameter_gets_a_finite_gradient():
+    lm = model(lm_config(aux_loss_weight=0.01, n_shared_experts=1))
+    logits, routings = lm(tokens())
+    (next_token_loss(logits, tokens()) + sum(routing.aux_loss for routing in routings)).backward()
+    for name, parameter in lm.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
+
+
+def test_a_model_survives_its_state_dict():
+    lm, other = model(lm_config()), LanguageModel(lm_config())
+    other.load_state_dict(lm.state_dict())
+    assert torch.equal(lm(tokens())[0], other(tokens())[0])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0), (1, 1)])
+def test_a_batch_may_be_empty(dense, shape):
+    cfg = lm_config().dense_twin() if dense else lm_config()
+    assert model(cfg)(torch.zeros(shape, dtype=torch.int64))[0].shape == (*shape, 32)
+
+
+def test_a_sequence_too_long_is_refused():
+    with pytest.raises(ValueError, match="sequence length 9 must be at most max_seq_len=8"):
+        model(lm_config())(tokens(1, 9))

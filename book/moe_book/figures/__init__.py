@@ -1,11 +1,12 @@
 """The kinds of figure the book uses, one function each: plain arrays or tensors in, a plotly Figure out."""
-from .amounts import amounts, ranked_load
 from .bars import load_bars, score_bars
+from .blocks import expert_blocks
 from .histogram import score_histogram
 from .lines import curves
+from .ranked import ranked_load
 from .routing import routing_map
 from .text import text_in_color
 from .triangle import simplex
 from .walk import token_walk
 
-__all__ = ["amounts", "curves", "load_bars", "ranked_load", "routing_map", "score_bars", "score_histogram", "simplex", "text_in_color", "token_walk"]
+__all__ = ["curves", "expert_blocks", "load_bars", "ranked_load", "routing_map", "score_bars", "score_histogram", "simplex", "text_in_color", "token_walk"]

@@ -28,9 +28,9 @@ def token_walk(tokens: list[str], expert_indices, expert_weights, *, n_experts: 
     for t in range(T):  # every frame holds the same traces, so that only their look changes from frame to frame
         for k in range(K):
             e, w = int(index_TK[t, k]), float(weight_TK[t, k])
-            alpha = 0.0 if t > current else 1.0 if t == current else 0.16
+            alpha = 0.0 if t > current else 1.0 if t == current else 0.32
             width = 1 + 9 * w if t == current else 1.5
-            traces.append(go.Scatter(x=[0.09, 0.91, 1.09, 1.91], y=[token_y[t], expert_y[e], expert_y[e], token_y[t]], mode="lines",
+            traces.append(go.Scatter(x=_ACROSS, y=_curve(token_y[t], expert_y[e]), mode="lines",
                                      line={"color": theme.fade(theme.expert_color(e, n_experts), alpha), "width": width}))
     count_E = [int((index_TK[: current + 1] == e).sum()) for e in range(n_experts)]
     labels = [_visible(token) for token in tokens]
@@ -54,8 +54,18 @@ def token_walk(tokens: list[str], expert_indices, expert_weights, *, n_experts: 
         traces, height=height, margin={"l": 4, "r": 4, "t": 28, "b": 4}, xaxis=hidden,
         yaxis={"visible": False, "range": [-0.75, T - 0.4]},
         annotations=[{"x": x, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False, "text": text, "font": {"color": theme.MUTED}}
-                     for x, text in ((0, "tokens in"), (1, "experts"), (2, "tokens out"))],
+                     for x, text in ((0, "in"), (1, "experts"), (2, "out"))],
     )
+
+
+_STEPS = [i / 10 for i in range(11)]
+_ACROSS = [0.09 + 0.83 * s for s in _STEPS] + [1.08 + 0.83 * s for s in _STEPS]
+
+
+def _curve(token_y: float, expert_y: float) -> list[float]:
+    """There and back: level at both ends, steepest in the middle (smoothstep)."""
+    there = [round(token_y + (expert_y - token_y) * s * s * (3 - 2 * s), 3) for s in _STEPS]
+    return there + there[::-1]
 
 
 def _visible(token: str) -> str:

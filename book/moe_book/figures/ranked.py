@@ -1,32 +1,9 @@
-"""Bars for amounts: a few named quantities side by side, and loads ranked from busy to idle with the spread over seeds."""
+"""Loads ranked from busy to idle, with the spread over seeds."""
 
 import plotly.graph_objects as go
 
 from .. import theme
 from ._arrays import array
-
-
-def amounts(values: dict[str, float], *, unit: str, top: float | None = None, height: int = 260) -> go.Figure:
-    """One horizontal bar per name, with its value written at its end.
-
-    Args:
-        values: name -> amount >= 0, drawn from top to bottom.
-        unit: title of the axis.
-        top: right end of the axis; fix it across the frames of an Explorer.
-    """
-    names, numbers = list(values), [float(v) for v in values.values()]
-    bars = go.Bar(
-        x=numbers, y=list(range(len(names))), orientation="h", text=[f" {v:.3g}" for v in numbers], textposition="outside", cliponaxis=False,
-        marker={"color": [theme.OKABE_ITO[i % 8] for i in range(len(names))]}, name=unit,
-    )
-    return theme.figure(
-        [bars], height=height, bargap=0.45, margin={"l": 16, "r": 40, "t": 12, "b": 48},
-        xaxis={"title": {"text": unit}, "range": [0, top or 1.15 * max([*numbers, 1e-9])], "showgrid": True},
-        yaxis={"visible": False, "autorange": "reversed"},
-        # The names stand above their bars: at the side they would take half the width of a phone.
-        annotations=[{"x": 0, "xref": "paper", "y": i - 0.42, "text": name, "showarrow": False, "xanchor": "left", "yanchor": "middle"}
-                     for i, name in enumerate(names)],
-    )
 
 
 def ranked_load(load_SE, *, uniform: float, top: float | None = None, height: int = 300) -> go.Figure:

@@ -26,7 +26,7 @@ class Control:
     def __post_init__(self):
         values = [v.item() if hasattr(v, "item") else v for v in self.values]
         object.__setattr__(self, "values", values)
-        kinds = {bool if isinstance(v, bool) else str if isinstance(v, str) else float if _is_number(v) else type(v) for v in values}
+        kinds = {bool if isinstance(v, bool) else str if isinstance(v, str) else float if _is_number(v) else None for v in values}
         if len(kinds) > 1 or not kinds <= {bool, str, float}:
             raise ValueError(f"values={values!r} must be all finite numbers, all words, or False and True")
         if len(values) < 2 or len(set(values)) < len(values):

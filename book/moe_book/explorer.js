@@ -84,6 +84,7 @@ const MoeExplorer = (() => {
       if (frames.shown !== n) for (const { path, values, at } of frames.varying) put(frames.base, path, values[at[n]]);
       frames.shown = n;
       for (const update of updates) update();
+      said.classList.toggle("moe-heard", !frames.base.said); // the controls show their values already: repeat them to the ear alone
       const words = frames.base.said || payload.controls.map((c) => `${c.label}: ${show(c.values[index[c.name]], c.unit)}`).join(", ");
       if (said.textContent !== words) said.textContent = words;
       if (details.open) fillTable(table, frames.base);

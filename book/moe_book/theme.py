@@ -14,13 +14,14 @@ CLEAR = "rgba(0,0,0,0)"
 # Okabe and Ito (2008), told apart by readers with any of the common colour deficiencies; their black, lost on a dark page, is a grey here.
 OKABE_ITO = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#8C8C8C"]
 
+_AXIS_TEXT = {"title": {"standoff": 8, "font": {"size": 14}}, "tickfont": {"size": 13}, "ticklabelstandoff": 4}
 TEMPLATE = {
     "layout": {
         "paper_bgcolor": CLEAR, "plot_bgcolor": CLEAR, "colorway": OKABE_ITO, "showlegend": False, "hovermode": False, "dragmode": False,
         "font": {"family": "inherit", "size": 14, "color": INK},
         "margin": {"l": 56, "r": 16, "t": 12, "b": 48},
-        "xaxis": {"gridcolor": GRID, "zeroline": False, "showgrid": False, "linecolor": MUTED, "fixedrange": True, "title": {"standoff": 8}},
-        "yaxis": {"gridcolor": GRID, "zeroline": False, "showgrid": True, "linecolor": MUTED, "fixedrange": True, "title": {"standoff": 8}},
+        "xaxis": {"gridcolor": GRID, "zeroline": False, "showgrid": False, "linecolor": MUTED, "fixedrange": True, **_AXIS_TEXT},
+        "yaxis": {"gridcolor": GRID, "zeroline": False, "showgrid": True, "linecolor": MUTED, "fixedrange": True, **_AXIS_TEXT},
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
     }
 }
@@ -53,11 +54,6 @@ def fade(color: str, alpha: float) -> str:
     """A "#rrggbb" colour at opacity alpha (0 to 1), as "rgba(...)"."""
     r, g, b = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({r},{g},{b},{round(float(alpha), 3):g})"
-
-
-def expert_labels(n_experts: int) -> list[str]:
-    """Axis labels for experts: a dot in the expert's colour and its number."""
-    return [f'<span style="color:{expert_color(e, n_experts)}">●</span> {e}' for e in range(n_experts)]
 
 
 def token(color: str = INK, alpha: float = 1.0, *, dropped: bool = False, size: float = 20) -> dict:

@@ -81,4 +81,4 @@ def _line(name, value, E, unit):
 
 
 def _experts(E):
-    return {"title": {"text": "expert"}, "range": [-0.5, E - 0.5], "tickvals": list(range(E)), "ticktext": theme.expert_labels(E)}
+    return {"title": {"text": "expert"}, "range": [-0.5, E - 0.5], "tickvals": list(range(E)), "ticktext": [str(e) for e in range(E)]}

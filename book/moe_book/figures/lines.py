@@ -1,4 +1,6 @@
 """Curves with bands over seeds."""
+import textwrap
+
 import numpy as np
 import plotly.graph_objects as go
 
@@ -38,7 +40,7 @@ def curves(series: dict, x=None, *, x_title: str = "optimiser step", y_title: st
     limits = [float(v) for v in (np.log10(span) if log_y else span)]
     return theme.figure(
         [*traces, *_labels(ends, limits, log_y, height)], height=height,
-        margin={"l": 64, "r": 24 + 8 * max(len(name) for name in series), "t": 12, "b": 48},
+        margin={"l": 64, "r": 36 + 8 * max(len(line) for name in series for line in _wrap(name)), "t": 12, "b": 48},
         xaxis={"title": {"text": x_title}, "type": kind["x"], **_extent(ends, traces, log_x)},
         yaxis={"title": {"text": y_title}, "type": kind["y"], "range": limits},
     )
@@ -70,8 +72,14 @@ def _labels(ends, limits, log, height):
     """Names at the lines' ends, pushed apart (a line of text is about 18 pixels) where two lines end together."""
     low, high = limits
     gap = 18 * (high - low) / max(height - 60, 1)
-    placed = float("-inf")
+    free = float("-inf")  # everything below is taken
     for x, y, name, color in sorted(ends, key=lambda end: end[1]):
-        placed = max(np.log10(y) if log else y, placed + gap)
-        yield go.Scatter(x=[x], y=[float(10**placed if log else placed)], mode="text", text=[f" <b>{name}</b>"], textposition="middle right",
-                         cliponaxis=False, hoverinfo="skip", textfont={"color": theme.INK})
+        half = len(_wrap(name)) / 2 * gap
+        centre = max(np.log10(y) if log else y, free + half)
+        free = centre + half
+        yield go.Scatter(x=[x], y=[float(10**centre if log else centre)], mode="text", hoverinfo="skip", cliponaxis=False,
+                         text=[f' <span style="color:{color}">●</span> ' + "<br>    ".join(_wrap(name))], textposition="middle right")
+
+
+def _wrap(name):
+    return textwrap.wrap(name, 14) or [""]

@@ -34,8 +34,8 @@ def routing_map(expert_indices, expert_weights=None, kept=None, *, n_experts: in
     if len(labels) != T:
         raise ValueError(f"tokens has {len(labels)} labels; there are {T} tokens")
 
-    height = height or max(160, min(900, 60 + 30 * T))
-    size = max(4, min(24, 0.8 * (height - 60) / max(T, 1), 260 / n_experts))
+    height = height or max(160, min(900, 90 + 30 * T))
+    size = max(4, min(24, 0.8 * (height - 90) / max(T, 1), 260 / n_experts))
     points = {"kept": [], "dropped": []}
     for t in range(T):
         for k in range(K):
@@ -45,18 +45,24 @@ def routing_map(expert_indices, expert_weights=None, kept=None, *, n_experts: in
             alive = slots["kept"] is None or bool(slots["kept"][t, k])
             points["kept" if alive else "dropped"].append((int(index_TK[t, k]), t, weight))
     return theme.figure(
-        [_squares(name, rows, n_experts, size) for name, rows in points.items()],
+        [_heads(n_experts), *(_squares(name, rows, n_experts, size) for name, rows in points.items())],
         height=height,
         margin={"l": 24 + 8 * max([4, *map(len, labels)]), "r": 8, "t": 52, "b": 8},
         xaxis={"title": {"text": "expert"}, "side": "top", "range": [-0.6, n_experts - 0.4], "tickvals": list(range(n_experts)),
-               "ticktext": theme.expert_labels(n_experts), "showgrid": True},
-        yaxis={"title": {"text": "token"}, "range": [T - 0.4, -0.6], "tickvals": list(range(T)), "ticktext": labels},
+               "ticktext": [str(e) for e in range(n_experts)], "showgrid": True},
+        yaxis={"title": {"text": "token"}, "range": [T - 0.4, -1.5], "tickvals": list(range(T)), "ticktext": labels},
     )
 
 
 def _slots(values, name):
     values = array(values, name=name)
     return array(values.reshape(-1, values.shape[-1]) if values.ndim > 2 else values, 2, name)
+
+
+def _heads(n_experts):
+    """A disc in its colour for each expert, above its column."""
+    return go.Scatter(x=list(range(n_experts)), y=[-1] * n_experts, mode="markers", hoverinfo="skip",
+                      marker={"size": min(14, 200 / n_experts), "color": theme.expert_colors(n_experts)})
 
 
 def _squares(name, points, n_experts, size):

@@ -1,0 +1,46 @@
+"""Figures of chapter 4: where FLOPs and parameters sit, and who serves which text."""
+import plotly.graph_objects as go
+
+from .. import theme
+
+PARTS = ("attention: projections", "attention: scores", "FFN or experts", "router", "embedding and head")
+PART_COLORS = dict(zip(PARTS, ["#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#8C8C8C"]))
+
+
+def stacked_rows(rows: dict[str, dict], colors: dict, *, unit: str, top: float, percent: bool = False, legend: bool = True,
+                 height: int = 300) -> go.Figure:
+    """One horizontal bar per row, made of named parts.
+
+    Args:
+        rows: name -> {part -> amount >= 0}, drawn from top to bottom; every row has the same parts.
+        colors: part -> "#rrggbb".
+        unit: title of the axis. top: its right end. percent: write the axis and the larger parts as percentages.
+        legend: name the parts above the bars; without, parts that are numbers are experts and carry their number.
+    """
+    names = list(rows)
+    parts = list(rows[names[0]])
+    traces = []
+    for part in parts:
+        values = [float(rows[name][part]) for name in names]
+        label = [(f"{100 * v:.0f} %" if percent and legend else str(part)) if v > 0.055 * top else "" for v in values]
+        traces.append(go.Bar(
+            x=values, y=list(range(len(names))), orientation="h", name=str(part), marker={"color": colors[part], "line": {"width": 0}},
+            text=label if percent else None, textposition="inside", insidetextanchor="middle", textangle=0, textfont={"color": "#111111"},
+        ))
+    return theme.figure(
+        traces, height=height, barmode="stack", bargap=0.5, showlegend=legend,
+        margin={"l": 16, "r": 24, "t": 92 if legend else 12, "b": 48},
+        legend={"orientation": "h", "x": 0, "y": 1.04, "yanchor": "bottom", "traceorder": "normal"},
+        xaxis={"title": {"text": unit}, "range": [0, top], "showgrid": True, **({"tickformat": ".0%"} if percent else {})},
+        yaxis={"visible": False, "range": [len(names) - 0.5, -0.75]},
+        annotations=[{"x": 0, "xref": "paper", "y": i - 0.4, "text": name, "showarrow": False, "xanchor": "left", "yanchor": "middle"}
+                     for i, name in enumerate(names)],
+    )
+
+
+def domain_shares(share_domain_expert: dict[str, list], *, height: int = 260) -> go.Figure:
+    """A bar per domain, cut into the shares of its slots that each expert takes, in the experts' colours."""
+    n_experts = len(next(iter(share_domain_expert.values())))
+    rows = {domain: dict(enumerate(shares)) for domain, shares in share_domain_expert.items()}
+    colors = dict(enumerate(theme.expert_colors(n_experts)))
+    return stacked_rows(rows, colors, unit="share of the domain's slots", top=1.0, percent=True, legend=False, height=height)

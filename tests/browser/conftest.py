@@ -1,0 +1,113 @@
+"""The built book in a real browser, over file:// and with the network off.
+
+The book is built when it is missing or older than its sources; MOE_BOOK_HTML names one that is built already. A machine without a
+Chromium skips these tests, except in continuous integration, where they fail.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = pytest.StashKey[dict]()
+IGNORED = {"vendor", "__pycache__", ".ipynb_checkpoints", "runs"}
+
+
+def toc_pages() -> list[str]:
+    """Every page of the table of contents, in order."""
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text("utf8"))
+    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
+
+
+def pytest_generate_tests(metafunc):
+    if "page_name" in metafunc.fixturenames:
+        metafunc.parametrize("page_name", toc_pages(), ids=lambda name: name.removeprefix("book/").removeprefix("chapters/"))
+
+
+def _is_stale(built: Path) -> bool:
+    sources = [ROOT / "_config.yml", ROOT / "_toc.yml", *(ROOT / "book").rglob("*")]
+    kept = [path for path in sources if path.is_file() and not IGNORED & set(path.parts)]
+    return not built.exists() or built.stat().st_mtime < max(path.stat().st_mtime for path in kept)
+
+
+@pytest.fixture(scope="session")
+def site() -> Path:
+    """The folder of the built pages."""
+    if given := os.environ.get("MOE_BOOK_HTML"):
+        return Path(given).resolve()
+    html = ROOT / "_build/html"
+    if _is_stale(html / "index.html"):
+        build = [sys.executable, "-m", "jupyter_book.cli.main", "build", ".", "-n", "-W", "--keep-going", "-q"]
+        done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, f"the book did not build:\n{done.stdout}{done.stderr}"
+    return html
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+    from tools.browser import NONE, find
+
+    path = find()
+    if path is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(NONE)
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        running = playwright.chromium.launch(executable_path=path, args=flags)
+        yield running
+        running.close()
+
+
+class Visit:
+    """One page open in a browser, and what it said and asked for: `errors` and `outside`, lists of strings."""
+
+    def __init__(self, context, path: Path):
+        self.errors, self.outside, self.url = [], [], path.as_uri()
+        self.page = context.new_page()
+        self.page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or self.outside.append(request.url))
+        self.page.goto(self.url)
+
+    def explorers(self) -> list:
+        """The page's figures, each scrolled to and drawn."""
+        found = self.page.locator(".moe-explorer").all()
+        for explorer in found:
+            self.page.wait_for_function("() => window.MathJax?.startup?.promise ?? true")  # formulas that arrive late move what is below
+            explorer.locator(".moe-plot").scroll_into_view_if_needed()
+            explorer.locator(".moe-plot[data-frame]").wait_for()
+        return found
+
+
+@pytest.fixture
+def visit(browser, site, page_name):
+    """visit(**context options) opens the page under test and returns a Visit."""
+    contexts = []
+
+    def go(**options) -> Visit:
+        contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "offline": True, **options}))
+        contexts[-1].set_default_timeout(20_000)
+        path = site / f"{page_name}.html"
+        assert path.exists(), f"{page_name} is in the table of contents, but not in the built book"
+        return Visit(contexts[-1], path)
+
+    yield go
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def record_step(request):
+    """record_step(name, milliseconds) keeps a measured time for the summary at the end."""
+    return request.config.stash.setdefault(STEPS, {}).__setitem__
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if steps := config.stash.get(STEPS, None):
+        terminalreporter.section("from a slider's step to its figure, median in ms (measured, not asserted)")
+        for name, milliseconds in steps.items():
+            terminalreporter.write_line(f"{milliseconds:6.1f}  {name}")

@@ -1,0 +1,135 @@
+"""Every control of every figure, moved with the keyboard alone."""
+
+import statistics
+
+import pytest
+
+DRAWN = "([plot, old]) => plot.dataset.frame !== old && plot.dataset.frame"
+KEYS = {"range": "ArrowRight", "step": "ArrowRight", "select": "ArrowDown", "switch": "Space"}
+# One step of a slider: from the input event to the first task after the frame that shows it.
+STEP = """async (root) => {
+  const range = root.querySelector("input[type=range]"), times = [];
+  for (let i = 0; i < 31; i++) {
+    await new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)));
+    range.value = (+range.value + 1) % (+range.max + 1);
+    const start = performance.now();
+    range.dispatchEvent(new Event("input", { bubbles: true }));
+    await new Promise((done) => requestAnimationFrame(() => { const { port1, port2 } = new MessageChannel(); port1.onmessage = done; port2.postMessage(0); }));
+    times.push(performance.now() - start);
+  }
+  return times;
+}"""
+
+
+def kind_of(control) -> str:
+    return next(kind for kind in KEYS if f"moe-{kind}" in control.get_attribute("class").split())
+
+
+def press(page, plot, key: str) -> str:
+    """Press a key and return the drawing that follows."""
+    before = plot.get_attribute("data-frame")
+    page.keyboard.press(key)
+    page.wait_for_function(DRAWN, arg=[plot.element_handle(), before])
+    return plot.locator("svg").first.evaluate("(svg) => svg.parentElement.innerHTML")
+
+
+@pytest.fixture
+def explorers(visit):
+    seen = visit()
+    found = seen.explorers()
+    if not found:
+        pytest.skip("no figure on this page")
+    return seen.page, found
+
+
+def test_every_control_changes_its_figure(explorers):
+    page, found = explorers
+    idle = []
+    for explorer in found:
+        plot, title = explorer.locator(".moe-plot"), explorer.locator("figcaption").inner_text()
+        for control in explorer.locator(".moe-control").all():
+            kind, widget = kind_of(control), control.locator("input, select").first
+            label = control.locator("label").inner_text()
+            widget.focus()
+            if kind in ("range", "step"):  # start at the left end, so that every step to the right is one
+                page.keyboard.press("Home")
+                page.wait_for_function("(range) => range.value === '0'", arg=widget.element_handle())
+                steps = int(widget.get_attribute("max"))
+            else:
+                widget.evaluate("(e) => e.tagName === 'SELECT' && (e.selectedIndex = 0, e.dispatchEvent(new Event('change')))")
+                steps = widget.locator("option").count() - 1 if kind == "select" else 1
+            page.wait_for_function("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))")
+            drawings = {plot.locator("svg").first.evaluate("(svg) => svg.parentElement.innerHTML")}
+            for _ in range(steps):
+                drawings.add(press(page, plot, KEYS[kind]))
+            if len(drawings) == 1:
+                idle.append(f"{title}: {label}")
+    assert idle == [], "these controls change nothing in their figure, whatever they are set to"
+
+
+def test_a_change_is_announced_and_the_table_follows(explorers):
+    page, found = explorers
+    for explorer in found:
+        if explorer.locator(".moe-control").count() == 0:
+            continue
+        said, plot = explorer.locator("[role=status]"), explorer.locator(".moe-plot")
+        explorer.locator("summary").click()
+        control = explorer.locator(".moe-control").first
+        widget = control.locator("input, select").first
+        before = said.text_content()
+        widget.focus()
+        key = KEYS[kind_of(control)]
+        at_end = widget.evaluate("(e) => e.type === 'range' && e.value === e.max")
+        press(page, plot, "ArrowLeft" if at_end else key)
+        assert before.strip() and said.text_content().strip()
+        assert explorer.locator("tbody tr").count() > 0
+
+
+def test_play_and_pause_by_keyboard(explorers):
+    page, found = explorers
+    buttons = [b for explorer in found for b in explorer.locator(".moe-play").all()]
+    if not buttons:
+        pytest.skip("nothing to play on this page")
+    for button in buttons:
+        plot = button.locator("xpath=ancestor::figure").locator(".moe-plot")
+        button.focus()
+        press(page, plot, "Enter")
+        page.wait_for_function("(b) => b.dataset.playing === 'true'", arg=button.element_handle())
+        page.keyboard.press("Enter")
+        assert button.get_attribute("data-playing") == "false"
+
+
+def test_no_animation_for_those_who_asked_for_none(visit):
+    seen = visit(reduced_motion="reduce")
+    seen.explorers()
+    for button in seen.page.locator(".moe-play").all():
+        assert button.inner_text() == "Next"
+        plot = button.locator("xpath=ancestor::figure").locator(".moe-plot")
+        button.focus()
+        press(seen.page, plot, "Enter")
+        assert button.get_attribute("data-playing") == "false"
+
+
+def test_a_figure_keeps_the_height_it_had_reserved(visit):
+    seen = visit()
+    heights = [plot.evaluate("(e) => parseFloat(e.style.minHeight)") for plot in seen.page.locator(".moe-plot").all()]
+    drawn = [explorer.locator(".moe-plot").evaluate("(e) => e.getBoundingClientRect().height") for explorer in seen.explorers()]
+    assert drawn == pytest.approx(heights, abs=1)
+
+
+def test_the_figure_follows_the_theme_button(explorers):
+    page, found = explorers
+    plot = found[0].locator(".moe-plot")
+    fill = "(e) => { const text = e.querySelector('text'); return text && getComputedStyle(text).fill; }"
+    light = plot.evaluate(fill)
+    page.evaluate("document.documentElement.dataset.theme = 'dark'")
+    page.wait_for_function(f"([e, old]) => ({fill})(e) !== old", arg=[plot.element_handle(), light])
+
+
+def test_measure_a_step(explorers, record_step, page_name):
+    _page, found = explorers
+    for explorer in found:
+        if explorer.locator("input[type=range]").count():
+            explorer.locator(".moe-plot").scroll_into_view_if_needed()
+            title = explorer.locator("figcaption").inner_text()
+            record_step(f"{page_name}: {title}", statistics.median(explorer.evaluate(STEP)[1:]))

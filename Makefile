@@ -5,7 +5,7 @@ SERVE ?= 1
 SHELL := /bin/bash
 PY := $(VENV)/bin/python
 # The environment is made again when what it should hold changes, or where it stands: the sum is the stamp's name.
-READY := $(VENV)/ready-$(shell { cat requirements.txt pyproject.toml book/tools/bootstrap.py; pwd; } | cksum | cut -d ' ' -f 1)
+READY := $(VENV)/ready-$(shell { cat requirements.txt pyproject.toml setup.py book/tools/bootstrap.py; pwd; } | cksum | cut -d ' ' -f 1)
 PYTHON ?=
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120
 HTML := _build/html

@@ -38,10 +38,10 @@ def link(distributions, folder: Path) -> None:
 
 @pytest.fixture
 def bare(tmp_path) -> Path:
-    """The python of a new environment in which torch and IPython are installed, and nothing of the book."""
-    distributions = closure("torch", "ipykernel")
+    """The python of a new environment in which torch, IPython and pip are installed, and nothing of the book."""
+    distributions = closure("torch", "ipykernel", "pip")
     link(distributions.values(), tmp_path / "preinstalled")
-    venv.create(tmp_path / "env", with_pip=True)
+    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
     python = tmp_path / "env/bin/python"
     site = subprocess.run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True).stdout.strip()
     (Path(site) / "preinstalled.pth").write_text(f"{tmp_path / 'preinstalled'}\n")
@@ -58,6 +58,14 @@ def installed(python: Path) -> dict[str, str]:
 def clean() -> dict[str, str]:
     """This process's environment without what would let the bare one see this project."""
     return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV", "JUPYTER_PATH")}
+
+
+def shipped(project: Path, site: Path) -> dict[str, Path]:
+    """Every file that code imports or reads, and where it must lie once installed; the stored runs among them."""
+    places = {"moe_core": site / "moe_core", "book/moe_book": site / "moe_book", "book/runs": site / "moe_book/stored_runs"}
+    kinds = {"moe_core": {".py"}, "book/moe_book": {".py", ".js", ".css", ".json"}, "book/runs": {".json"}}
+    files = [(source, file) for source in places for file in (project / source).rglob("*") if file.suffix in kinds[source]]
+    return {file.relative_to(project).as_posix(): places[source] / file.relative_to(project / source) for source, file in files}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="links need rights there; a hosted notebook runs Linux")
@@ -85,5 +93,7 @@ def test_first_cell_brings_the_book_and_leaves_torch_alone(project, bare, tmp_pa
     after = installed(bare)
     assert {name: after[name] for name in before} == before, "something that was there was replaced"
     assert "moe-book" in after and "plotly" in after
+    missing = [file for file, there in shipped(project, Path(where["CORE"]).parents[1]).items() if not there.is_file()]
+    assert not missing, "in the repository, but not in what is installed from it"
     # Nothing that only builds or tests the book comes along.
     assert not {"jupyter-book", "sphinx", "pytest", "nbval", "playwright", "jupyterlab"} & set(after)

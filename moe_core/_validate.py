@@ -2,10 +2,10 @@
 
 
 def at_least(lowest: float, **arguments: float) -> None:
-    """Raise ValueError for the first argument that is below ``lowest`` (or is not a number at all)."""
+    """Raise ValueError for the first argument that is below ``lowest``, infinite, or not a number at all."""
     for name, value in arguments.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= lowest:
-            raise ValueError(f"{name}={value!r} must be at least {lowest}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not lowest <= value < float("inf"):
+            raise ValueError(f"{name}={value!r} must be at least {lowest} and finite")
 
 
 def whole(lowest: int, **arguments: int) -> None:
@@ -25,7 +25,7 @@ def between(lowest: float, highest: float, **arguments: float) -> None:
 def one_of(allowed, **arguments: str) -> None:
     """Raise ValueError for the first argument that is not among ``allowed``."""
     for name, value in arguments.items():
-        if value not in allowed:
+        if value not in tuple(allowed):
             raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, allowed))}")
 
 

@@ -31,8 +31,6 @@ def expert_capacity(n_tokens: int, top_k: int, n_experts: int, capacity_factor: 
     whole(0, n_tokens=n_tokens)
     whole(1, top_k=top_k, n_experts=n_experts)
     at_least(0, capacity_factor=capacity_factor)
-    if math.isinf(capacity_factor):
-        raise ValueError("capacity_factor=inf must be finite; None means no limit")
     return math.ceil(Fraction(n_tokens * top_k, n_experts) * Fraction(str(capacity_factor)))
 
 

@@ -45,7 +45,7 @@ def test_capacity_is_the_ceiling_of_the_decimal_as_written(n_tokens, top_k, n_ex
     ((8, 1, 1.5, 1.0), "n_experts=1.5 must be a whole number, at least 1"),
     ((8, 1, 1, -0.1), "capacity_factor=-0.1 must be at least 0"),
     ((8, 1, 1, math.nan), "capacity_factor=nan must be at least 0"),
-    ((8, 1, 1, math.inf), "capacity_factor=inf must be finite"),
+    ((8, 1, 1, math.inf), "capacity_factor=inf must be at least 0 and finite"),
 ])
 def test_a_capacity_out_of_range_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -17,7 +17,7 @@ MOE, LM, ROUTER, EXPERTS, DENSE = (
     (Experts, {"d_model": 8, "d_ff": 16, "n_experts": 4}),
     (FeedForward, {"d_model": 8, "d_ff": 16}),
 )
-WHOLE, AT_LEAST_0, BELOW_1 = "must be a whole number, at least 1", "must be at least 0", "must be at least 0.0 and below 1.0"
+WHOLE, AT_LEAST_0, BELOW_1 = "must be a whole number, at least 1", "must be at least 0 and finite", "must be at least 0.0 and below 1.0"
 ACTIVATION = "must be one of 'silu', 'gelu', 'relu', 'relu2'"
 
 WRONG = [
@@ -28,11 +28,11 @@ WRONG = [
     ]],
     *[(LM, "d_ff", value, WHOLE) for value in (0, 2.0, True)],
     *[(made, "top_k", value, "must be between 1 and n_experts=4") for value in (0, 5, -1, 1.0, True, None) for made in (MOE, ROUTER)],
-    *[(made, name, value, AT_LEAST_0) for value in (-0.1, math.nan, "0", True) for made in (MOE, ROUTER)
+    *[(made, name, value, AT_LEAST_0) for value in (-0.1, math.nan, math.inf, "0", True) for made in (MOE, ROUTER)
       for name in ("capacity_factor", "aux_loss_weight", "z_loss_weight")],
     *[(made, "jitter_noise", value, BELOW_1) for value in (-0.1, 1.0, math.nan, None) for made in (MOE, ROUTER)],
     *[(made, "drop_path", value, BELOW_1) for value in (-0.1, 1.0, math.nan, None) for made in (MOE, EXPERTS)],
-    *[(made, "activation", value, ACTIVATION) for value in ("swish", "", None) for made in (MOE, EXPERTS, DENSE)],
+    *[(made, "activation", value, ACTIVATION) for value in ("swish", "", None, ["silu"]) for made in (MOE, EXPERTS, DENSE)],
     *[(made, "backend", "triton", "must be one of 'auto', 'loop', 'grouped'") for made in (MOE, EXPERTS)],
     *[(MOE, "n_shared_experts", value, "must be a whole number, at least 0") for value in (-1, 0.5, True)],
     (MOE, "router", "top-k", "must be one of 'topk'"),

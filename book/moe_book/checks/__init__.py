@@ -13,9 +13,12 @@ def exercises(chapter: int) -> dict[str, Exercise]:
     Raises:
         ValueError: the chapter has no exercises.
     """
+    name = f"{__name__}.ch{chapter:02d}"
     try:
-        module = import_module(f"{__name__}.ch{chapter:02d}")
-    except ModuleNotFoundError:
+        module = import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:  # the chapter is there and something it needs is not
+            raise
         raise ValueError(f"chapter={chapter} has no exercises") from None
     return {exercise.number: exercise for exercise in module.EXERCISES}
 

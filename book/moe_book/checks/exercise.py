@@ -1,5 +1,6 @@
 """What an exercise is: cases, the right answer, and the wrong ideas that people really have."""
 
+from copy import deepcopy
 from dataclasses import dataclass
 from html import escape
 from typing import Any, Callable
@@ -114,7 +115,7 @@ def _call(answer: Any, case: tuple) -> Any:
 
 def _copies(case: tuple) -> list:
     """Fresh arguments for every call, so that an answer that writes into its input harms nobody."""
-    return [item.detach().clone() if isinstance(item, torch.Tensor) else item for item in case]
+    return [item.detach().clone() if isinstance(item, torch.Tensor) else deepcopy(item) for item in case]
 
 
 def _is_nothing(output: Any) -> bool:
@@ -128,6 +129,7 @@ def _same(a: Any, b: Any, tolerance: float) -> bool:
     if isinstance(b, dict):
         return isinstance(a, dict) and a.keys() == b.keys() and all(_same(a[key], b[key], tolerance) for key in b)
     if isinstance(b, tuple):
+        a = a.tolist() if isinstance(a, torch.Tensor) and a.ndim else a  # several numbers may come as one tensor
         return isinstance(a, (tuple, list)) and len(a) == len(b) and all(_same(x, y, tolerance) for x, y in zip(a, b))
     try:
         a, b = torch.as_tensor(a).detach().cpu().double(), torch.as_tensor(b).detach().cpu().double()

@@ -1,0 +1,94 @@
+"""The corpus: text on every machine, split without overlap, drawn by a seed."""
+
+import pytest
+import torch
+
+from moe_book import corpus
+from moe_book.corpus import decode, from_texts
+
+TINY = {"a": bytes(range(10)) * 200, "b": bytes(range(100, 150)) * 40}  # 2000 bytes each, told apart by their values
+
+
+def seed(n=0):
+    return torch.Generator().manual_seed(n)
+
+
+def test_the_builtin_corpus_has_english_and_python_without_a_download():
+    text = corpus.load()
+    assert text.domains[:2] == ("English", "Python") and set(text.domains) <= {"English", "Python", "C"}
+    for domain in text.domains:
+        assert len(text.train[domain]) > 50_000 and text.train[domain].dtype == torch.uint8
+    assert "def " in decode(text.train["Python"]) and "the " in decode(text.train["English"])
+
+
+def test_the_builtin_corpus_is_the_same_every_time():
+    first, second = corpus.load(), corpus.load()
+    assert all(torch.equal(first.train[domain], second.train[domain]) for domain in first.domains)
+
+
+def test_the_last_tenth_is_held_out_and_nothing_is_lost():
+    text = from_texts(TINY)
+    assert (len(text.train["a"]), len(text.valid["a"])) == (1800, 200)
+    assert bytes(torch.cat([text.train["b"], text.valid["b"]]).tolist()) == TINY["b"]
+
+
+def test_a_batch_is_windows_of_the_text_with_the_index_of_their_domain():
+    text = from_texts(TINY)
+    tokens, labels = text.batch(32, 7, generator=seed())
+    assert tokens.shape == (32, 7) and tokens.dtype == labels.dtype == torch.int64 and labels.shape == (32,)
+    assert set(labels.tolist()) == {0, 1}
+    assert torch.equal((tokens >= 100).all(1).long(), labels)
+    for row, label in zip(tokens, labels):
+        assert bytes(row.tolist()) in TINY[text.domains[label]]
+
+
+def test_one_domain_can_be_asked_for():
+    tokens, labels = from_texts(TINY).batch(8, 7, domain="b", split="valid", generator=seed())
+    assert (labels == 1).all() and (tokens >= 100).all()
+
+
+def test_the_same_seed_draws_the_same_batch_and_another_seed_another():
+    text = from_texts(TINY)
+    draw = lambda n: text.batch(8, 50, generator=seed(n))[0]  # noqa: E731
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
+
+
+def test_a_window_may_be_as_long_as_the_text_and_reach_its_end():
+    text = from_texts({"a": bytes(range(250)) * 4})
+    assert torch.equal(text.batch(1, 900)[0][0], text.train["a"].long())
+    ends = text.batch(4000, 899, generator=seed())[0][:, -1]
+    assert set(ends.tolist()) == {148, 149}  # both windows are drawn
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"split": "test"}, "split='test' must be 'train' or 'valid'"),
+    ({"domain": "C"}, r"domain='C' must be one of \('a', 'b'\)"),
+    ({"seq_len": 1801}, "seq_len=1801 must be at most 1800"),
+    ({"seq_len": 201, "split": "valid"}, "seq_len=201 must be at most 200"),
+])
+def test_a_batch_that_cannot_be_drawn_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        from_texts(TINY).batch(**{"batch_size": 2, "seq_len": 8, **arguments})
+
+
+def test_a_text_too_short_is_refused():
+    with pytest.raises(ValueError, match="text 'a' has 999 bytes, must have at least 1000"):
+        from_texts({"a": b"x" * 999})
+
+
+def test_a_file_or_a_folder_of_ones_own_can_be_loaded(tmp_path):
+    for name, text in TINY.items():
+        (tmp_path / f"{name}.txt").write_bytes(text)
+    assert corpus.load(str(tmp_path)).domains == ("a", "b")
+    assert corpus.load(str(tmp_path / "b.txt")).domains == ("b",)
+
+
+@pytest.mark.parametrize("source", ["no/such/file.txt", "."])
+def test_a_source_without_text_is_refused(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="must be 'builtin', 'hf:NAME', a text file or a folder"):
+        corpus.load(source)
+
+
+def test_bytes_that_are_not_text_are_shown_as_the_replacement_sign():
+    assert decode(torch.tensor(list("né".encode()) + [255])) == "né\ufffd"

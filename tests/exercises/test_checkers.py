@@ -1,0 +1,214 @@
+"""Every exercise of every chapter, and the checker itself on a toy.
+
+Right answers that differ from a checker's own stand beside this file, one module a chapter: RIGHT["2.1"] = [answer, answer].
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_book import checks
+from moe_book.checks import Exercise, Idea, Verdict, check, exercises
+
+CHAPTERS = sorted(int(file.stem[2:]) for file in Path(checks.__file__).parent.glob("ch[0-9][0-9].py"))
+EXERCISES = [exercise for chapter in CHAPTERS for exercise in exercises(chapter).values()]
+
+
+def right_answers(chapter: int) -> dict:
+    """The RIGHT of tests/exercises/test_chNN.py; empty where there is no such module."""
+    if not Path(__file__).with_name(f"test_ch{chapter:02d}.py").exists():
+        return {}
+    return import_module(f".test_ch{chapter:02d}", __package__).RIGHT
+
+
+each_exercise = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.number)
+
+
+# Every exercise of the book
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_the_exercises_are_numbered_within_their_chapter(chapter):
+    assert list(exercises(chapter)) == [f"{chapter}.{i + 1}" for i in range(len(exercises(chapter)))]
+    assert len(exercises(chapter)) >= 4
+
+
+@each_exercise
+def test_a_stub_is_not_attempted(exercise):
+    for stub in (..., lambda *case: ..., lambda *case: None):
+        verdict = check(exercise.number, stub)
+        assert verdict.status == "not attempted" and not verdict.right
+
+
+def test_a_stub_that_raises_not_implemented_is_not_attempted():
+    def stub(x):
+        raise NotImplementedError
+
+    assert DOUBLE.check(stub).status == "not attempted"
+
+
+@each_exercise
+def test_the_checkers_own_answer_is_right(exercise):
+    verdict = check(exercise.number, exercise.right)
+    assert verdict.right, verdict
+    assert verdict.message == exercise.praise and verdict.idea is None
+
+
+@each_exercise
+def test_at_least_two_other_right_answers_are_accepted(exercise):
+    answers = right_answers(int(exercise.number.split(".")[0])).get(exercise.number, [])
+    assert len(answers) >= 2 and answers[0] is not answers[1], f"RIGHT[{exercise.number!r}] needs two different answers"
+    for answer in answers:
+        assert check(exercise.number, answer).right, (answer, check(exercise.number, answer))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_recorded_right_answers_belong_to_an_exercise(chapter):
+    assert set(right_answers(chapter)) <= set(exercises(chapter))
+
+
+@each_exercise
+def test_there_are_at_least_two_wrong_ideas_with_a_name_of_their_own(exercise):
+    names = [idea.name for idea in exercise.ideas]
+    assert len(names) >= 2 and len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(("exercise", "idea"), [(e, idea) for e in EXERCISES for idea in e.ideas],
+                         ids=[f"{e.number}-{idea.name}" for e in EXERCISES for idea in e.ideas])
+def test_a_wrong_idea_is_called_by_its_name(exercise, idea):
+    verdict = check(exercise.number, idea.answer)
+    assert (verdict.status, verdict.idea, verdict.message) == ("wrong", idea.name, idea.says)
+    assert len(idea.says) >= 40  # an explanation, not a number
+
+
+@each_exercise
+def test_an_answer_of_the_wrong_kind_is_wrong_and_raises_nothing(exercise):
+    for answer in ("no idea", object(), {}, [], torch.zeros(3, 1, 4, 1), float("nan"), lambda *case: {1, 2}, lambda: 0):
+        assert check(exercise.number, answer).status == "wrong"
+
+
+@each_exercise
+def test_checking_twice_says_the_same(exercise):
+    assert check(exercise.number, exercise.right) == check(exercise.number, exercise.right)
+
+
+# The checker on a toy
+
+
+def doubled(x):
+    return 2 * x
+
+
+def squared(x):
+    return x * x
+
+
+def spoil(x):
+    x.zero_()
+    return 2 * x
+
+
+def empty(items):
+    items.clear()
+    return 0
+
+
+ADDED = Idea("added", lambda x: x + 2, "You added 2; the exercise multiplies.")
+SQUARED = Idea("squared", squared, "You squared; at 2 that looks the same.")
+DOUBLE = Exercise("1.1", doubled, (ADDED, SQUARED), "Twice, indeed.", cases=((torch.tensor([1.0, 2.0]),), (torch.tensor([3.0]),)))
+VALUE = Exercise("1.2", 0.25, (Idea("half", 0.5, "That is one half."),), "A quarter.")
+CHOICE = Exercise("1.3", ("a", "b"), (), "Both.")
+ANY_EVEN = Exercise("1.4", 2, (Idea("odd", 3, "3 is odd."),), "Even.", accepts=lambda output: output % 2 == 0)
+
+
+def test_a_right_function_is_right_and_a_known_wrong_one_is_named():
+    assert DOUBLE.check(doubled) == Verdict("1.1", "right", "Twice, indeed.")
+    assert DOUBLE.check(squared) == Verdict("1.1", "wrong", SQUARED.says, "squared")
+
+
+def test_an_idea_must_fit_every_case():
+    verdict = DOUBLE.check(lambda x: x + 2 if len(x) == 2 else x)
+    assert verdict.idea is None and verdict.status == "wrong"
+
+
+def test_where_two_ideas_look_alike_the_first_is_named():
+    twins = Exercise("1.1", 1, (Idea("first", 2, "first"), Idea("second", 2, "second")), "One.")
+    assert twins.check(2).idea == "first"
+
+
+def test_an_unknown_wrong_answer_shows_the_first_case_that_fails():
+    verdict = DOUBLE.check(lambda x: 2 * x if len(x) == 2 else -x)
+    assert "Case 2 of 2: got [-3], expected [6]" in verdict.message and verdict.idea is None
+
+
+def test_an_error_in_the_answer_is_told_to_the_reader():
+    verdict = DOUBLE.check(lambda x: x.no_such_thing)
+    assert verdict.status == "wrong" and "raised AttributeError" in verdict.message
+    assert "raised TypeError" in DOUBLE.check(lambda: 1).message
+    assert "raised RecursionError" in Exercise("1.1", 1, (), "").check(lambda: (f := lambda: f())()).message
+
+
+@pytest.mark.parametrize("output", [0.25, 1 / 4, torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64, requires_grad=True), 0.250001])
+def test_a_number_may_come_in_any_type(output):
+    assert VALUE.check(output).right and VALUE.check(lambda: output).right
+
+
+@pytest.mark.parametrize("output", [0.2503, [0.25], torch.tensor([0.25]), "0.25", float("inf"), (0.25,), {0: 0.25}, {0.25}, 10**400])
+def test_another_value_or_shape_is_wrong(output):
+    assert VALUE.check(output).status == "wrong"
+
+
+def test_texts_compare_without_case_and_tuples_item_by_item():
+    assert CHOICE.check(["A ", "b"]).right and CHOICE.check(("a", "b")).right
+    assert not CHOICE.check(("b", "a")).right and not CHOICE.check("ab").right and not CHOICE.check(("a",)).right
+
+
+def test_several_numbers_may_come_as_tuple_list_or_tensor():
+    pair = Exercise("1.1", (1, 2.5), (), "")
+    assert all(pair.check(output).right for output in ((1, 2.5), [1, 2.5], torch.tensor([1, 2.5])))
+    assert not pair.check(torch.tensor(1.0)).right and not pair.check(torch.tensor([1.0])).right
+
+
+def test_dictionaries_compare_key_by_key():
+    exercise = Exercise("1.1", {"a": 1.0, "b": torch.ones(2)}, (), "")
+    assert exercise.check({"b": [1, 1], "a": 1}).right
+    assert not exercise.check({"a": 1}).right and not exercise.check([1, 1]).right
+
+
+def test_accepts_decides_where_many_answers_are_right():
+    assert ANY_EVEN.check(4).right and ANY_EVEN.check(2).right
+    assert ANY_EVEN.check(3).idea == "odd"
+    assert ANY_EVEN.check("four").status == "wrong"  # accepts raised: not an answer of this kind
+    assert "expected" not in ANY_EVEN.check(5).message  # there is no one number to show
+
+
+def test_an_answer_that_writes_into_its_input_harms_nobody():
+    assert DOUBLE.check(spoil).status == "wrong"
+    assert DOUBLE.check(doubled).right
+    assert DOUBLE.cases[1][0].tolist() == [3.0]
+    total = Exercise("1.1", sum, (Idea("length", len, "That is how many there are."),), "", cases=(([1, 2, 3],),))
+    assert total.check(empty).status == "wrong" and total.check(sum).right and total.check(len).idea == "length"
+
+
+def test_a_verdict_shows_itself_as_text_and_as_escaped_html():
+    verdict = Verdict("1.1", "not attempted", "a < b")
+    assert repr(verdict) == "Exercise 1.1: not attempted. a < b"
+    html = verdict._repr_html_()
+    assert 'class="moe-check not-attempted"' in html and 'role="status"' in html and "a &lt; b" in html
+
+
+def test_a_missing_package_is_not_taken_for_a_missing_chapter(monkeypatch):
+    def import_module(name):
+        raise ModuleNotFoundError("No module named 'plotly'", name="plotly")
+
+    monkeypatch.setattr(checks, "import_module", import_module)
+    with pytest.raises(ModuleNotFoundError, match="plotly"):
+        exercises(1)
+
+
+@pytest.mark.parametrize("number", ["1.99", "99.1", "one", "", "1"])
+def test_an_exercise_that_does_not_exist_is_refused(number):
+    with pytest.raises(ValueError, match="exercise=|chapter=99 has no exercises"):
+        check(number, 1)

@@ -22,7 +22,7 @@ def load_balance(routing: Routing, *, scope: str = "batch") -> Tensor:
         scope: "batch" pools all tokens, "sequence" averages the loss of each sequence that has a real token.
 
     Returns:
-        Scalar, 1 at perfect balance, E when every slot goes to one expert with certainty, 0 when there is no real token.
+        Scalar, 1 at perfect balance, E when K = 1 and every token goes to one expert with certainty, 0 when there is no real token.
 
     Raises:
         ValueError: scope is unknown.

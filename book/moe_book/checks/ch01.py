@@ -30,6 +30,17 @@ def _combine(weigh):
     return combine
 
 
+def _weights(p_E, K):
+    top = p_E.topk(K).values
+    return top / top.sum()
+
+
+def _duplicates_lost(indices_TK, E):
+    count_E = torch.zeros(E, dtype=torch.int64)
+    count_E[indices_TK.flatten()] += 1
+    return count_E
+
+
 _chosen = torch.tensor([[0, 1], [1, 0], [3, 1], [1, 0]])  # expert 2 and the last one, 4, get nothing
 _chosen2 = torch.tensor([[2, 0, 1], [2, 1, 0]])
 
@@ -57,7 +68,7 @@ _collapsed = (torch.tensor([[0.97, 0.02, 0.01]] * 5), torch.tensor([[0]] * 5))
 EXERCISES = (
     Exercise(
         "1.1", right=_counts(), cases=tuple(_MOE),
-        praise="The total grows with E, the active part with K; the router is a rounding error in both.",
+        praise="The total grows with E, the active part with K. The router is in both, whole: small next to large experts, not next to tiny ones.",
         ideas=(
             Idea("two matrices", _counts(matrices=2), "You counted two matrices per expert. A gated expert has three: gate, up and down. "
                  "Reread section 1.2."),
@@ -67,6 +78,7 @@ EXERCISES = (
                  "Reread section 1.8."),
             Idea("one active", _counts(active=lambda E, K: 1), "Your active count holds one expert. A token visits K of them. "
                  "Reread section 1.3."),
+            Idea("swapped", lambda D, F, E, K: _counts()(D, F, E, K)[::-1], "The two numbers are right, in the wrong order: total first, then active."),
             Idea("router by K", lambda D, F, E, K: (E * 3 * D * F + D * E, K * (3 * D * F + D)), "You let a token use K rows of the "
                  "router. It needs all E: without every logit nobody knows which K are the largest. Reread section 1.4."),
         ),
@@ -81,8 +93,10 @@ EXERCISES = (
                  "experts. Then the router would decide who speaks but not how loud, and no gradient would reach it. Reread section 1.3."),
             Idea("softmax twice", _combine(lambda p, top: torch.softmax(top, -1)), "You applied a softmax to numbers that are "
                  "probabilities already. The second softmax flattens them towards 1/K. Divide by their sum. Reread section 1.4."),
-            Idea("all experts", lambda p_E, outputs_ED, K: p_E @ outputs_ED, "You used every expert. That is a dense mixture, as in 1991: "
-                 "right in spirit, but it costs E experts per token and not K. Reread section 1.3."),
+            Idea("first rows", lambda p_E, outputs_ED, K: _weights(p_E, K) @ outputs_ED[:K], "Your weights are right, but they multiply the first K "
+                 "outputs and not those of the chosen experts. topk returns indices too: use them. Reread section 1.3."),
+            Idea("all experts", lambda p_E, outputs_ED, K: p_E @ outputs_ED, "You used every expert. That is a dense mixture: right in spirit, "
+                 "but it costs E experts per token and not K. Reread section 1.3."),
         ),
     ),
     Exercise(
@@ -94,22 +108,28 @@ EXERCISES = (
                  "behind the last one in use are missing. Idle experts are just what we look for; give the count its length E."),
             Idea("first choice only", lambda indices_TK, E: torch.bincount(indices_TK[:, 0], minlength=E), "You counted first choices "
                  "only. A token has K slots, and each of them is a row of work for some expert. Reread section 1.5."),
+            Idea("duplicates lost", _duplicates_lost, "Every expert in use counts 1. count[index] += 1 with a repeated index adds once, not each "
+                 "time: the right side is computed before anything is written. Use scatter_add_, bincount or one_hot."),
+            Idea("per slot", lambda indices_TK, E: F.one_hot(indices_TK, E).sum(0), "You have one row of counts for each slot. Add the slots up as "
+                 "well: the load is over all T * K of them."),
             Idea("shares", lambda indices_TK, E: torch.bincount(indices_TK.flatten(), minlength=E) / indices_TK.numel(),
                  "These are shares that sum to 1. The question is for counts, which sum to T * K."),
         ),
     ),
     Exercise(
         "1.4", right=_balance(), cases=(_routed, _collapsed),
-        praise="1 at perfect balance, close to E in collapse, whatever E and K are.",
+        praise="1 at perfect balance, about E/K in collapse, whatever E and K are.",
         ideas=(
             Idea("no E", _balance(factor=False), "The factor E is missing. Without it perfect balance gives 1/E, and the same coefficient "
                  "means something else for each number of experts. Reread section 1.9."),
             Idea("sums to K", _balance(share="tokens"), "Your f sums to K and not to 1: you divided by the number of tokens. There are T * K "
                  "slots. (The Mixtral code in a well-known library does it your way; its loss is K at perfect balance.) Reread section 1.9."),
+            Idea("first choice only", lambda p_TE, indices_TK: _balance()(p_TE, indices_TK[:, :1]), "Your f counts first choices only. All K slots of a "
+                 "token are work for some expert, so all count. Reread section 1.9."),
             Idea("no probabilities", _balance(scores="none"), "You multiplied f by f. Counts have no gradient, so this loss would teach the "
                  "router nothing. One of the two must be the mean probability P. Reread section 1.9."),
-            Idea("chosen only", _balance(scores="chosen"), "Your P averages only the probabilities of chosen experts. Then an expert that "
-                 "nobody chooses gets no push upwards. P is the mean over all tokens. Reread section 1.9."),
+            Idea("chosen only", _balance(scores="chosen"), "Your P adds up only the probabilities of chosen experts. P is the mean over all "
+                 "tokens: what a token that did not choose e would have given it counts too. Reread section 1.9."),
         ),
     ),
 )

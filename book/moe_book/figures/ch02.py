@@ -10,18 +10,18 @@ from .. import theme
 from ._arrays import array
 
 
-def score_steps(logits, scores, weights, *, height: int = 430) -> go.Figure:
+def score_steps(logits, scores, weights, *, logit_top: float, height: int = 430) -> go.Figure:
     """Three panels, one above the other: an expert's logit, its probability, its weight; experts without weight are hollow.
 
     Args:
-        logits, scores, weights: (E,) each; a weight of 0 means not chosen.
+        logits, scores, weights: (E,) each, none below 0; a weight of 0 means not chosen.
+        logit_top: upper end of the logits' axis, the same in all frames of an Explorer.
     """
     rows = [array(v, 1, name) for v, name in ((logits, "logits"), (scores, "scores"), (weights, "weights"))]
     E, chosen = len(rows[0]), rows[2] > 0
     colors = theme.expert_colors(E)
     fill = [c if yes else theme.CLEAR for c, yes in zip(colors, chosen)]
-    reach = 1.45 * max(1.0, abs(rows[0]).max())
-    ranges = [[-reach, reach] if rows[0].min() < 0 else [0, reach], [0, 1.3], [0, 1.3]]
+    ranges = [[0, logit_top], [0, 1.3], [0, 1.3]]
     spans = [(0.74, 1.0), (0.40, 0.66), (0.06, 0.32)]
     traces, layout = [], {}
     for i, (values, title) in enumerate(zip(rows, ("logit", "probability", "weight")), start=1):
@@ -71,12 +71,13 @@ def pushes(push, chosen, *, top: float, height: int = 300) -> go.Figure:
                         yaxis={**_axis("push on the logit, −∂L/∂h"), "range": [-top, top], "zeroline": True, "zerolinecolor": theme.INK})
 
 
-def dots(groups: dict, *, x_title: str, x_range, height: int | None = None) -> go.Figure:
+def dots(groups: dict, *, x_title: str, x_range, rows: int | None = None) -> go.Figure:
     """One row per name: each run a dot, their mean a bar; names stand above their rows, so that a phone has room.
 
     Args:
         groups: name -> (S,) one value a seed.
         x_range: (low, high); fix it across the frames of an Explorer.
+        rows: how many rows to leave room for; by default as many as there are.
     """
     traces, notes = [], []
     for i, (name, values) in enumerate(groups.items()):
@@ -87,8 +88,8 @@ def dots(groups: dict, *, x_title: str, x_range, height: int | None = None) -> g
                                  line={"color": theme.INK, "width": 2}))
         notes.append({"x": 0, "xref": "paper", "y": i - 0.42, "text": f"{name}: mean {value_S.mean():.3f}", "showarrow": False,
                       "xanchor": "left", "yanchor": "middle"})
-    rows = len(groups)
-    return theme.figure(traces, height=height or 70 + 54 * rows, margin={"l": 16, "r": 16, "t": 8, "b": 48}, annotations=notes,
+    rows = rows or len(groups)
+    return theme.figure(traces, height=70 + 54 * rows, margin={"l": 16, "r": 16, "t": 8, "b": 48}, annotations=notes,
                         xaxis={"title": {"text": x_title}, "range": list(x_range), "showgrid": True},
                         yaxis={"visible": False, "range": [rows - 0.5, -0.75]})
 
@@ -100,14 +101,17 @@ def _choices(router, x_TD):
 
 def _wedges(router, radius):
     """For each expert the outline of where it is first: without a bias only the direction of a token decides, so a slice of the circle."""
-    angle_A = torch.arange(0, 361, dtype=torch.float64) * math.pi / 180
-    ring_AD = radius * torch.stack([angle_A.cos(), angle_A.sin()], dim=-1)
-    first_A = _choices(router, ring_AD)[:, 0].tolist()
+    def ring(degrees):
+        angle = degrees * math.pi / 180
+        return radius * torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+    edge_AD = ring(torch.arange(361, dtype=torch.float64))
+    first_A = _choices(router, ring(torch.arange(360, dtype=torch.float64) + 0.5))[:, 0].tolist()  # in the middle of each degree
     outlines = [([], []) for _ in range(router.n_experts)]
     start = 0
     for a in range(1, 361):
         if a == 360 or first_A[a] != first_A[start]:
-            arc = ring_AD[[*range(start, a, 30), a]]
+            arc = edge_AD[[*range(start, a, 30), a]]
             x, y = outlines[first_A[start]]
             x += [0, *arc[:, 0].tolist(), 0, None]
             y += [0, *arc[:, 1].tolist(), 0, None]

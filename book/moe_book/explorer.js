@@ -47,8 +47,9 @@ const MoeExplorer = (() => {
   }
 
   /* Frames name ink, muted and grid by fixed colours; here they become the reader's text colour, whole or faint. */
-  function themed(payload, host) {
-    const [r, g, b] = getComputedStyle(host).color.match(/[\d.]+/g);
+  const inkOf = (host) => getComputedStyle(host).color || "rgb(31, 35, 40)"; // no color yet: JupyterLab renders before it attaches
+  function themed(payload, ink) {
+    const [r, g, b] = ink.match(/[\d.]+/g);
     const colors = Object.entries(payload.colors).map(([from, alpha]) => [from, alpha === 1 ? `rgb(${r},${g},${b})` : `rgba(${r},${g},${b},${alpha})`]);
     let text = JSON.stringify({ base: payload.base, varying: payload.varying, template: payload.template });
     for (const [from, to] of colors) text = text.replaceAll(from, to);
@@ -68,6 +69,7 @@ const MoeExplorer = (() => {
     const root = make("figure", { className: "moe-explorer" }, make("figcaption", { textContent: payload.title }), controls, plot, said, details);
     el.append(root);
 
+    let ink = inkOf(root);
     const index = {}; // name -> which of its values
     const readState = () => {
       const state = model.get("state") ?? {};
@@ -80,7 +82,7 @@ const MoeExplorer = (() => {
 
     const settle = (changed) => { // words first: they need no plotly
       const n = frameNumber();
-      frames ??= { ...themed(payload, root), shown: -1 };
+      frames ??= { ...themed(payload, ink), shown: -1 };
       if (frames.shown !== n) for (const { path, values, at } of frames.varying) put(frames.base, path, values[at[n]]);
       frames.shown = n;
       for (const update of updates) update();
@@ -110,11 +112,13 @@ const MoeExplorer = (() => {
     const buildControls = () => {
       controls.replaceChildren(); updates.length = 0;
       for (const c of payload.controls) controls.append(BUILD[c.kind](c, `${id}-${c.name}`, () => index[c.name], (i) => choose(c.name, i), updates, stops));
+      // JupyterLab takes arrow keys for moving between cells, except from elements that say so themselves.
+      for (const element of root.querySelectorAll("input, select, button, summary, .moe-table")) element.dataset.lmSuppressShortcuts = "true";
     };
 
     const reload = () => { payload = model.get("payload"); plot.style.minHeight = payload.height + "px"; frames = undefined; readState(); buildControls(); settle(false); draw(); };
     const restate = () => { readState(); settle(false); draw(); };
-    const recolor = () => { frames = undefined; settle(false); draw(); };
+    const recolor = () => { if (ink !== (ink = inkOf(root))) { frames = undefined; settle(false); draw(); } };
     reload();
     model.on("change:payload", reload);
     model.on("change:state", restate);
@@ -127,10 +131,9 @@ const MoeExplorer = (() => {
     }, { rootMargin: "600px" });
     near.observe(plot);
     let width = 0;
-    const resized = new ResizeObserver(() => { if (plot.clientWidth !== width) { width = plot.clientWidth; draw(); } });
+    const resized = new ResizeObserver(() => { recolor(); if (plot.clientWidth !== width) { width = plot.clientWidth; draw(); } });
     resized.observe(plot);
-    let ink = getComputedStyle(root).color;
-    const theme = new MutationObserver(() => { const now = getComputedStyle(root).color; if (now !== ink) { ink = now; recolor(); } });
+    const theme = new MutationObserver(recolor);
     for (const node of [document.documentElement, document.body]) theme.observe(node, { attributes: true });
 
     return () => {

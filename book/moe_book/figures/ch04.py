@@ -44,3 +44,40 @@ def domain_shares(share_domain_expert: dict[str, list], *, height: int = 260) ->
     rows = {domain: dict(enumerate(shares)) for domain, shares in share_domain_expert.items()}
     colors = dict(enumerate(theme.expert_colors(n_experts)))
     return stacked_rows(rows, colors, unit="share of the domain's slots", top=1.0, percent=True, legend=False, height=height)
+
+
+def characters_in_color(text: str, experts: list[int], *, n_experts: int, columns: int = 36, height: int = 320) -> go.Figure:
+    """Text as it stands in its file, line by line, each character on a tile of its expert's colour; long lines are continued below.
+
+    Args:
+        text: characters, a line break as "\\n" (drawn as ⏎, so that its expert is seen too).
+        experts: the expert of each character.
+        columns: characters a line; 36 fit a phone.
+
+    Raises:
+        ValueError: text and experts differ in length.
+    """
+    if len(text) != len(experts):
+        raise ValueError(f"text has {len(text)} characters; experts has {len(experts)}")
+    places, column, line = [], 0, 0
+    for character in text:
+        if column == columns:
+            column, line = 0, line + 1
+        places.append((column, line))
+        column, line = (0, line + 1) if character == "\n" else (column + 1, line)
+    x, y = [place[0] for place in places], [place[1] for place in places]
+    colors = [theme.expert_color(e, n_experts) for e in experts]
+    shown = ["⏎" if c == "\n" else "·" if c == " " else c for c in text]
+    tiles = go.Bar(orientation="h", base=[v - 0.46 for v in x], x=[0.92] * len(x), y=y, width=0.86, hoverinfo="skip",
+                   marker={"color": [theme.fade(c, 0.45) for c in colors], "line": {"width": 0}})
+    letters = go.Scatter(x=x, y=y, mode="text", text=shown, name="characters", cliponaxis=False, textfont={"family": "monospace", "size": 13},
+                         customdata=[f"{c}: expert {e}" for c, e in zip(shown, experts)], meta="character and expert")
+    bare = {"visible": False, "showgrid": False}
+    used = sorted(set(experts))
+    legend = [go.Scatter(x=[None], y=[None], mode="markers", name=f"{e}", marker={"symbol": "square", "size": 12, "color": theme.expert_color(e, n_experts)})
+              for e in used]
+    return theme.figure(
+        [tiles.update(showlegend=False), letters.update(showlegend=False), *legend], height=height, barmode="overlay", showlegend=True,
+        margin={"l": 0, "r": 0, "t": 44, "b": 8}, legend={"title": {"text": "expert "}},
+        xaxis={**bare, "range": [-0.6, columns - 0.4]}, yaxis={**bare, "range": [max(max(y), 9) + 0.5, -0.5]},
+    )

@@ -1,0 +1,148 @@
+"""Chapter 4: dense against MoE at equal active FLOPs. `python book/runs/dense_vs_moe.py` writes dense_vs_moe.json (15 to 25 minutes, 2 cores).
+
+Five models, three seeds, the same batches in the same order. Every run has one core to itself; its clock is processor time, so that
+other programs on the machine do not count.
+"""
+
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+
+import torch
+from moe_book import corpus, runs, training
+from moe_core import LanguageModel, LMConfig, MoEConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+SIZE = {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}
+D_FF, TOP_K, EXPERTS, WIDE = 96, 2, (4, 8, 16), 8
+TRAIN = {"steps": 800, "batch_size": 16, "seq_len": 128, "lr": 3e-3}
+EVAL_AT = (50, 100, 200, 300, 400, 500, 600, 700, 800)
+AUX, SEEDS, PASSAGE = 0.01, [0, 1, 2], 168
+
+
+def config(name: str, backend: str = "auto") -> LMConfig:
+    """dense: the twin. wide: dense, with as many FFN parameters as E8. E4, E8, E16: MoE with K = 2."""
+    if name in ("dense", "wide"):
+        return LMConfig(**SIZE, d_ff=(TOP_K if name == "dense" else WIDE) * D_FF)
+    moe = MoEConfig(d_model=SIZE["d_model"], d_ff=D_FF, n_experts=int(name[1:]), top_k=TOP_K, aux_loss_weight=AUX, backend=backend)
+    return LMConfig(**SIZE, moe=moe)
+
+
+NAMES = ("dense", *(f"E{E}" for E in EXPERTS), "wide")
+
+
+def run(name: str, seed: int) -> dict:
+    """Train one model; its held-out loss per domain along the way, and what its routers do at the end."""
+    torch.set_num_threads(1)
+    text = corpus.load()
+    torch.manual_seed(seed)
+    model = LanguageModel(config(name))
+    valid, dropped = {domain: [] for domain in text.domains}, []
+
+    def on_step(step, model, routings):
+        dropped.extend(float(r.drop_rate) for r in routings)
+        if step in EVAL_AT:
+            for domain in text.domains:
+                valid[domain].append(training.evaluate(model, text, domain=domain))
+
+    history = training.train(model, text, **TRAIN, seed=seed, progress=False, on_step=on_step)
+    found = {"name": name, "seed": seed, "valid": valid, "first_loss": history.loss[0]}
+    if model.config.moe is not None:
+        late = torch.tensor(history.load[-100:])
+        found.update(load=late.mean(0).tolist(), drop_rate=max(dropped), **routes(model, text))
+        if seed == SEEDS[0] and name == f"E{WIDE}":
+            found["passages"] = passages(model, text)
+    return found
+
+
+@torch.no_grad()
+def routes(model: LanguageModel, text: corpus.Corpus) -> dict:
+    """Share of each domain's slots per expert, [layer][domain][expert]: as it is, as the byte alone would give it, and before training.
+
+    by_byte answers: if every byte were sent by its own habit, whatever stands around it, how would the domains differ? predictable is
+    the share of tokens whose first expert is the usual one of their byte.
+    """
+    model.eval()
+    fresh = LanguageModel(model.config)
+    batches = [text.batch(64, 128, generator=torch.Generator().manual_seed(7), split="valid", domain=d)[0] for d in text.domains]
+    n_layers, E = model.config.n_layers, model.config.moe.n_experts
+    found = {"share": [], "by_byte": [], "untrained": [], "predictable": []}
+    trained_routings, fresh_routings = ([m(tokens)[1] for tokens in batches] for m in (model, fresh))
+    for layer in range(n_layers):
+        counts = []
+        for tokens, routings in zip(batches, trained_routings):  # per domain: how often byte b goes to expert e
+            table = torch.zeros(256, E)
+            pairs = tokens.unsqueeze(-1).expand_as(routings[layer].expert_indices).flatten() * E
+            table.view(-1).scatter_add_(0, pairs + routings[layer].expert_indices.flatten(), torch.ones(len(pairs)))
+            counts.append(table)
+        habit = sum(counts) / sum(counts).sum(1, keepdim=True).clamp(min=1)
+        found["share"].append([(c.sum(0) / c.sum()).tolist() for c in counts])
+        found["by_byte"].append([((c.sum(1, keepdim=True) * habit).sum(0) / c.sum()).tolist() for c in counts])
+        found["untrained"].append([r[layer].slot_share().tolist() for r in fresh_routings])
+        first = torch.cat([r[layer].expert_indices[..., 0].flatten() for r in trained_routings])
+        table = torch.zeros(256, E).view(-1)
+        table.scatter_add_(0, torch.cat([t.flatten() for t in batches]) * E + first, torch.ones(len(first)))
+        found["predictable"].append(float(table.view(256, E).max(1).values.sum() / len(first)))
+    return found
+
+
+@torch.no_grad()
+def passages(model: LanguageModel, text: corpus.Corpus) -> dict:
+    """A few held-out lines of each domain, and the expert (slot 0) of each byte, [layer][byte]."""
+    model.eval()
+    found = {}
+    for domain, valid in text.valid.items():
+        start = 20_000 + valid[20_000:].tolist().index(ord("\n")) + 1
+        tokens = valid[start : start + PASSAGE].long()
+        routings = model(tokens.unsqueeze(0))[1]
+        found[domain] = {"text": corpus.decode(tokens), "experts": [r.expert_indices[0, :, 0].tolist() for r in routings]}
+    return found
+
+
+def flops_per_token(name: str) -> int:
+    """Forward FLOPs per token, counted by torch; loop and math attention, since the counter does not see the fast ones on a CPU."""
+    model, tokens = LanguageModel(config(name, backend="loop")), torch.zeros(1, TRAIN["seq_len"], dtype=torch.int64)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens)
+    return counter.get_total_flops() // tokens.numel()
+
+
+def clock(rounds: int = 40) -> dict:
+    """Processor milliseconds of one training step: the models take turns, and the median over the rounds counts."""
+    torch.set_num_threads(1)
+    text = corpus.load()
+    tokens = text.batch(TRAIN["batch_size"], TRAIN["seq_len"], generator=torch.Generator().manual_seed(0))[0]
+    models = {name: LanguageModel(config(name)) for name in NAMES}
+    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-4) for name, model in models.items()}
+    times = {name: [] for name in NAMES}
+    for _ in tqdm(range(rounds + 3), desc="clock"):
+        for name, model in models.items():
+            start = time.process_time()
+            logits, routings = model(tokens)
+            loss = training.next_token_loss(logits, tokens) + sum(r.aux_loss for r in routings)
+            optimizers[name].zero_grad()
+            loss.backward()
+            optimizers[name].step()
+            times[name].append(1000 * (time.process_time() - start))
+    return {name: {"median": statistics.median(t[3:]), "quartiles": statistics.quantiles(t[3:])[::2]} for name, t in times.items()}
+
+
+if __name__ == "__main__":
+    jobs = [(name, seed) for seed in SEEDS for name in reversed(NAMES)]
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        futures = [pool.submit(run, *job) for job in jobs]
+        done = [future.result() for future in tqdm(as_completed(futures), total=len(jobs), desc="runs", unit="run")]
+    results = {name: {} for name in NAMES}
+    for found in sorted(done, key=lambda found: found["seed"]):
+        for key, value in found.items():
+            if key not in ("name", "seed"):
+                results[found["name"]].setdefault(key, []).append(value)
+    steps_ms = clock()
+    for name in NAMES:
+        model = LanguageModel(config(name))
+        results[name].update(flops_per_token=flops_per_token(name), step_ms=steps_ms[name], config=config(name).to_dict(),
+                             total_params=sum(p.numel() for p in model.parameters()))
+    print(runs.save("dense_vs_moe", config={**TRAIN, "aux_loss_weight": AUX, "eval_at": list(EVAL_AT), "eval_bytes_per_domain": 8 * 16 * 128,
+                                            "threads_per_run": 1}, seeds=SEEDS, results=results))

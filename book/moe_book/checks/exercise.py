@@ -106,7 +106,7 @@ class Exercise:
             return False
 
     def _not_attempted(self) -> Verdict:
-        return Verdict(self.number, "not attempted", "Replace the ... above by your answer and run this cell again.")
+        return Verdict(self.number, "not attempted", "Nothing came back: write your answer in place of the ... (and end it with a return).")
 
 
 def _call(answer: Any, case: tuple) -> Any:
@@ -124,28 +124,38 @@ def _is_nothing(output: Any) -> bool:
 
 def _same(a: Any, b: Any, tolerance: float) -> bool:
     """Equal as text, or as numbers of the same shape within the tolerance; tuples and dicts item by item."""
+    try:
+        return _equal(a, b, tolerance)
+    except Exception:  # not comparable at all, such as a meta tensor or an object of the reader's own
+        return False
+
+
+def _equal(a: Any, b: Any, tolerance: float) -> bool:
     if isinstance(a, str) or isinstance(b, str):
         return isinstance(a, str) and isinstance(b, str) and a.strip().casefold() == b.strip().casefold()
     if isinstance(b, dict):
-        return isinstance(a, dict) and a.keys() == b.keys() and all(_same(a[key], b[key], tolerance) for key in b)
+        return isinstance(a, dict) and a.keys() == b.keys() and all(_equal(a[key], b[key], tolerance) for key in b)
     if isinstance(b, tuple):
         a = a.tolist() if isinstance(a, torch.Tensor) and a.ndim else a  # several numbers may come as one tensor
-        return isinstance(a, (tuple, list)) and len(a) == len(b) and all(_same(x, y, tolerance) for x, y in zip(a, b))
-    try:
-        a, b = torch.as_tensor(a).detach().cpu().double(), torch.as_tensor(b).detach().cpu().double()
-    except (TypeError, ValueError, RuntimeError):
-        return False
+        return isinstance(a, (tuple, list)) and len(a) == len(b) and all(_equal(x, y, tolerance) for x, y in zip(a, b))
+    a, b = torch.as_tensor(a).detach().cpu().double(), torch.as_tensor(b).detach().cpu().double()
     return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
 def _show(output: Any) -> str:
-    """Short and the same on every machine: numbers to three digits."""
+    """Short and the same on every machine: numbers to three digits; never raises, whatever the output is."""
+    try:
+        text = _text(output)
+    except Exception:  # a meta tensor, a list that holds itself, a __repr__ that fails
+        text = f"a {type(output).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _text(output: Any) -> str:
     if isinstance(output, torch.Tensor):
         output = output.detach().tolist()
-    if isinstance(output, bool) or not isinstance(output, (float, list, tuple)):
-        text = str(output)
-    elif isinstance(output, float):
-        text = f"{output:.3g}"
-    else:
-        text = "[" + ", ".join(_show(item) for item in output) + "]"
-    return text if len(text) <= 80 else text[:77] + "..."
+    if isinstance(output, float):
+        return f"{output:.3g}"
+    if isinstance(output, (list, tuple)):
+        return "[" + ", ".join(map(_text, output)) + "]"
+    return str(output)

@@ -116,7 +116,7 @@ const MoeExplorer = (() => {
       for (const element of root.querySelectorAll("input, select, button, summary, .moe-table")) element.dataset.lmSuppressShortcuts = "true";
     };
 
-    const reload = () => { payload = model.get("payload"); plot.style.minHeight = payload.height + "px"; frames = undefined; readState(); buildControls(); settle(false); draw(); };
+    const reload = () => { payload = model.get("payload"); plot.style.height = plot.style.minHeight = payload.height + "px"; frames = undefined; readState(); buildControls(); settle(false); draw(); };
     const restate = () => { readState(); settle(false); draw(); };
     const recolor = () => { if (ink !== (ink = inkOf(root))) { frames = undefined; settle(false); draw(); } };
     reload();

@@ -22,6 +22,13 @@ def between(lowest: float, highest: float, **arguments: float) -> None:
             raise ValueError(f"{name}={value!r} must be at least {lowest} and below {highest}")
 
 
+def boolean(**arguments: bool) -> None:
+    """Raise ValueError for the first argument that is neither True nor False."""
+    for name, value in arguments.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False")
+
+
 def one_of(allowed, **arguments: str) -> None:
     """Raise ValueError for the first argument that is not among ``allowed``."""
     for name, value in arguments.items():

@@ -54,6 +54,7 @@ def apply(routing: Routing, *, capacity_factor: float, drop_policy: str = "posit
     return replace(
         routing,
         capacity=capacity,
+        dropless=False,
         capacity_mask=routing.capacity_mask & ~over_BNK,
         drop_reason=routing.drop_reason.masked_fill(over_BNK, DropReason.OVER_CAPACITY),
     )

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 
-from ._validate import at_least, between, one_of, top_k_fits, whole
+from ._validate import at_least, between, boolean, one_of, top_k_fits, whole
 from .experts import ACTIVATIONS, BACKENDS
 
 ROUTERS = ("topk",)
@@ -50,6 +50,7 @@ class MoEConfig:
         if self.capacity_factor is not None:
             at_least(0, capacity_factor=self.capacity_factor)
         between(0.0, 1.0, jitter_noise=self.jitter_noise, drop_path=self.drop_path)
+        boolean(norm_topk_prob=self.norm_topk_prob, glu=self.glu)
         one_of(ROUTERS, router=self.router)
         one_of(ACTIVATIONS, activation=self.activation)
         one_of(BACKENDS, backend=self.backend)

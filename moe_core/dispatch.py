@@ -26,8 +26,7 @@ class DispatchPlan:
         expert = torch.where(mask, routing.expert_indices.flatten(), routing.n_experts)
         order = torch.argsort(expert, stable=True)
         self.counts_E = routing.tokens_per_expert
-        dropless = routing.capacity is None and routing.padding_mask is None
-        n_rows = len(order) if dropless else int(mask.sum())
+        n_rows = len(order) if routing.dropless else int(mask.sum())  # a GPU would have to be waited for
         self.slot_A = order[:n_rows]
         # Where each slot's row is; slots without a row point behind the last one.
         self.row_of_slot = torch.full_like(order, n_rows)

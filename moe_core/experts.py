@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._validate import between, one_of, whole
+from ._validate import between, boolean, one_of, whole
 from .dispatch import DispatchPlan
 from .routing import Routing
 
@@ -41,6 +41,7 @@ class FeedForward(nn.Module):
         super().__init__()
         whole(1, d_model=d_model, d_ff=d_ff)
         one_of(ACTIVATIONS, activation=activation)
+        boolean(glu=glu)
         self.activation, self.glu = activation, glu
         self.gate_up_proj = nn.Linear(d_model, d_ff * (2 if glu else 1), bias=False)
         self.down_proj = nn.Linear(d_ff, d_model, bias=False)
@@ -77,6 +78,7 @@ class Experts(nn.Module):
         whole(1, d_model=d_model, d_ff=d_ff, n_experts=n_experts)
         one_of(ACTIVATIONS, activation=activation)
         one_of(BACKENDS, backend=backend)
+        boolean(glu=glu)
         between(0.0, 1.0, drop_path=drop_path)
         if ep_size != 1:
             raise ValueError(f"ep_size={ep_size!r} must be 1: all experts live in one process")
@@ -111,7 +113,7 @@ class Experts(nn.Module):
                 f"experts do not fit d_model={self.d_model}, n_experts={self.n_experts}"
             )
         plan = DispatchPlan(routing)
-        y = plan.combine(self.run_rows(plan.gather(x), plan.counts_E), routing.expert_weights)
+        y = plan.combine(self.run_rows(plan.gather(x), plan.counts_E), routing.expert_weights).to(x.dtype)
         if self.training and self.drop_path > 0:
             stays_B11 = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop_path
             y = y * stays_B11.to(y.dtype) / (1 - self.drop_path)
@@ -119,15 +121,19 @@ class Experts(nn.Module):
 
     def run_rows(self, rows_AD: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert, (A, D) with ``counts_E`` rows each, to (A, D)."""
+        gate_up_proj, down_proj, device = self.gate_up_proj, self.down_proj, rows_AD.device.type
+        if torch.is_autocast_enabled(device) and rows_AD.dtype != torch.float64:  # grouped_mm does not know autocast: cast here
+            dtype = torch.get_autocast_dtype(device)
+            rows_AD, gate_up_proj, down_proj = rows_AD.to(dtype), gate_up_proj.to(dtype), down_proj.to(dtype)
         if self.choose_backend(rows_AD) == "grouped":
             ends_E = counts_E.cumsum(0).to(torch.int32)
-            hidden = F.grouped_mm(rows_AD, self.gate_up_proj.transpose(-2, -1), offs=ends_E)
+            hidden = F.grouped_mm(rows_AD, gate_up_proj.transpose(-2, -1), offs=ends_E)
             hidden = _hidden(hidden, self.activation, self.glu)
-            return F.grouped_mm(hidden, self.down_proj.transpose(-2, -1), offs=ends_E)
+            return F.grouped_mm(hidden, down_proj.transpose(-2, -1), offs=ends_E)
         # unbind once: indexing the bank inside the loop would build a zero gradient of the whole bank for every expert.
         # No expert is skipped: one without rows then has a gradient of zeros and not None.
         outputs = []
-        for rows, gate_up, down in zip(rows_AD.split(counts_E.tolist()), self.gate_up_proj.unbind(0), self.down_proj.unbind(0)):
+        for rows, gate_up, down in zip(rows_AD.split(counts_E.tolist()), gate_up_proj.unbind(0), down_proj.unbind(0)):
             outputs.append(_hidden(rows @ gate_up.T, self.activation, self.glu) @ down.T)
         return torch.cat(outputs)
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._validate import whole
+from ._validate import boolean, one_of, whole
 from .config import MoEConfig
-from .experts import FeedForward
+from .experts import ACTIVATIONS, FeedForward
 from .layer import MixtureOfExperts
 from .routing import Routing
 
@@ -21,6 +21,7 @@ class LMConfig:
         vocab_size: 256 when tokens are bytes.
         d_model, n_layers, n_heads, max_seq_len: D, layers, attention heads, and the longest sequence.
         d_ff: width of the dense feed-forward layer; ignored by layers that are MoE, so give one of ``d_ff`` and ``moe``.
+        activation, glu: of the dense layer, see ``FeedForward``.
         moe: config of the MoE layers (their d_model must be this one), or None for a dense model.
 
     Raises:
@@ -33,6 +34,8 @@ class LMConfig:
     n_heads: int = 4
     max_seq_len: int = 256
     d_ff: int | None = None
+    activation: str = "silu"
+    glu: bool = True
     moe: MoEConfig | None = None
 
     def __post_init__(self):
@@ -40,6 +43,8 @@ class LMConfig:
               max_seq_len=self.max_seq_len)
         if self.d_model % (2 * self.n_heads):
             raise ValueError(f"d_model={self.d_model} must be a multiple of 2 * n_heads={2 * self.n_heads}")
+        one_of(ACTIVATIONS, activation=self.activation)
+        boolean(glu=self.glu)
         if (self.d_ff is None) == (self.moe is None):
             raise ValueError("give exactly one of d_ff (a dense model) and moe (an MoE model)")
         if self.d_ff is not None:
@@ -57,7 +62,8 @@ class LMConfig:
         """
         if self.moe is None:
             raise ValueError("moe=None: the model is dense already")
-        return replace(self, moe=None, d_ff=(self.moe.top_k + self.moe.n_shared_experts) * self.moe.d_ff)
+        moe = self.moe
+        return replace(self, moe=None, d_ff=(moe.top_k + moe.n_shared_experts) * moe.d_ff, activation=moe.activation, glu=moe.glu)
 
     def to_dict(self) -> dict:
         """Plain values only, ready for JSON."""
@@ -109,7 +115,7 @@ class Block(nn.Module):
         self.attention = CausalAttention(config.d_model, config.n_heads, config.max_seq_len)
         self.feed_forward_norm = nn.RMSNorm(config.d_model)
         if config.moe is None:
-            self.feed_forward = FeedForward(config.d_model, config.d_ff)
+            self.feed_forward = FeedForward(config.d_model, config.d_ff, activation=config.activation, glu=config.glu)
         else:
             self.feed_forward = MixtureOfExperts(config.moe)
 

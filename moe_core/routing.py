@@ -36,6 +36,7 @@ class Routing:
         capacity: the most slots an expert may keep, None when dropless.
         padding_mask: (B, N) bool, True for real tokens, None when all are real.
         normalized: the router promises that the K weights of a token sum to 1 (before any slot is dropped).
+        dropless: the router promises that every slot is kept, so that A = T*K is known without reading a tensor.
 
     With float64 input the float fields are float64.
     """
@@ -50,6 +51,7 @@ class Routing:
     capacity: int | None = None
     padding_mask: Tensor | None = None
     normalized: bool = False
+    dropless: bool = False
 
     @property
     def n_experts(self) -> int:
@@ -128,18 +130,27 @@ class Routing:
             _require(tensor.dtype in (torch.float32, torch.float64), f"{name} has dtype {tensor.dtype}, must be float32")
         for name in ("expert_weights", "logits", "scores"):
             _require(bool(getattr(self, name).isfinite().all()), f"{name} holds NaN or infinity")
+        real_BN = self.real_tokens
+        _require(real_BN.shape == tokens and real_BN.dtype == torch.bool, f"padding_mask must be bool of shape {tuple(tokens)}")
         in_range = (self.expert_indices >= 0) & (self.expert_indices < E)
         _require(bool(in_range.all()), f"expert_indices must lie in [0, {E})")
         _require(torch.equal(self.capacity_mask, self.drop_reason == DropReason.KEPT), "capacity_mask and drop_reason disagree")
+        _require(not self.dropless or bool(self.capacity_mask.all()), "the routing is dropless, but not every slot is kept")
+        known = torch.isin(self.drop_reason, torch.tensor(list(DropReason), dtype=torch.int8, device=self.drop_reason.device))
+        _require(bool(known.all()), "drop_reason holds a code that is no DropReason")
+        padding = self.drop_reason == DropReason.PADDING
+        _require(not bool(padding[real_BN].any()), "a real token has the reason PADDING")
+        over = self.drop_reason == DropReason.OVER_CAPACITY
+        _require(self.capacity is not None or not bool(over.any()), "a slot is over capacity, but capacity is None")
         chosen_BNE = torch.zeros(*tokens, E, dtype=torch.int64, device=self.logits.device)
         chosen_BNE.scatter_add_(-1, self.expert_indices, self.selected_mask.long())
         _require(bool((chosen_BNE <= 1).all()), "an expert is chosen twice for one token")
-        _require(not bool(self.selected_mask[~self.real_tokens].any()), "a padding token has a selected slot")
+        _require(not bool(self.selected_mask[~real_BN].any()), "a padding token has a selected slot")
         if self.capacity is not None:
             most = int(self.tokens_per_expert.max())
             _require(most <= self.capacity, f"an expert keeps {most} slots, capacity is {self.capacity}")
         if self.normalized:
-            off = (self.expert_weights.sum(-1) - 1).abs()[self.real_tokens]
+            off = (self.expert_weights.sum(-1) - 1).abs()[real_BN]
             _require(bool((off < 1e-5).all()), "expert_weights of a token must sum to 1")
         for name, loss in self.losses.items():
             _require(loss.ndim == 0 and bool(loss.isfinite()), f"losses[{name!r}] must be a finite scalar")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import capacity, losses
-from .._validate import at_least, top_k_fits
+from .._validate import at_least, boolean, top_k_fits
 from ..routing import DropReason, Routing
 from .base import Router
 
@@ -33,6 +33,7 @@ class TopKRouter(Router):
                  jitter_noise: float = 0.0):
         top_k_fits(top_k, n_experts)
         super().__init__(d_model, n_experts, jitter_noise=jitter_noise)
+        boolean(norm_topk_prob=norm_topk_prob)
         at_least(0, aux_loss_weight=aux_loss_weight, z_loss_weight=z_loss_weight)
         if capacity_factor is not None:
             at_least(0, capacity_factor=capacity_factor)
@@ -66,7 +67,7 @@ class TopKRouter(Router):
         routing = Routing(
             expert_indices=indices_BNK, expert_weights=weights_BNK, capacity_mask=reason_BNK == DropReason.KEPT,
             logits=logits_BNE, scores=scores_BNE, drop_reason=reason_BNK, padding_mask=padding_mask,
-            normalized=self.norm_topk_prob,
+            normalized=self.norm_topk_prob, dropless=padding_mask is None,
         )
         if self.capacity_factor is not None:
             routing = capacity.apply(routing, capacity_factor=self.capacity_factor)

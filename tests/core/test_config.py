@@ -35,6 +35,8 @@ WRONG = [
     *[(made, "activation", value, ACTIVATION) for value in ("swish", "", None, ["silu"]) for made in (MOE, EXPERTS, DENSE)],
     *[(made, "backend", "triton", "must be one of 'auto', 'loop', 'grouped'") for made in (MOE, EXPERTS)],
     *[(MOE, "n_shared_experts", value, "must be a whole number, at least 0") for value in (-1, 0.5, True)],
+    *[(made, name, value, "must be True or False") for value in ("no", 1, None) for made, name in [
+        (MOE, "glu"), (EXPERTS, "glu"), (DENSE, "glu"), (LM, "glu"), (MOE, "norm_topk_prob"), (ROUTER, "norm_topk_prob")]],
     (MOE, "router", "top-k", "must be one of 'topk'"),
     (EXPERTS, "ep_size", 2, "must be 1"),
     (EXPERTS, "ep_size", 0, "must be 1"),

@@ -131,6 +131,19 @@ def test_bfloat16_is_close_to_float32():
     assert torch.allclose(y_low.float()[same_experts], y[same_experts], atol=0.02)
 
 
+@pytest.mark.parametrize("backend", ["loop", "grouped", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_computes_the_experts_in_bfloat16_and_returns_the_inputs_dtype(backend, dtype):
+    moe, x = layer(backend=backend), randn(2, 3, 8, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _routing = moe(x)
+    y.float().square().sum().backward()
+    exact = layer(backend="loop")(x.float())[0]
+    assert y.dtype == dtype and torch.allclose(y.float(), exact, atol=0.01)
+    assert not torch.equal(y.float(), exact)  # bfloat16 really was used
+    assert moe.experts.down_proj.grad.dtype == torch.float32
+
+
 def test_strides_do_not_matter():
     moe, x = layer(n_shared_experts=1), randn(2, 3, 8)
     assert torch.equal(moe(x.transpose(0, 2).contiguous().transpose(0, 2))[0], moe(x)[0])

@@ -104,7 +104,8 @@ def flops(cfg: LMConfig) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("moe", [{}, {"top_k": 1}, {"n_shared_experts": 2}, {"top_k": 4, "aux_loss_weight": 0.01}], ids=str)
+@pytest.mark.parametrize("moe", [{}, {"top_k": 1}, {"n_shared_experts": 2}, {"top_k": 4, "aux_loss_weight": 0.01},
+                                 {"glu": False, "activation": "relu2"}], ids=str)
 def test_the_dense_twin_costs_the_same_but_for_the_router_and_the_weighting(moe):
     cfg = lm_config(backend="loop", **moe)
     T, D, E, K = 2 * 8, 16, 4, cfg.moe.top_k
@@ -116,6 +117,7 @@ def test_the_dense_twin_differs_in_the_feed_forward_layers_only():
     cfg = lm_config(top_k=2, n_shared_experts=1)
     twin = cfg.dense_twin()
     assert (twin.d_ff, twin.moe) == (36, None)
+    assert lm_config(glu=False, activation="relu").dense_twin().to_dict()["activation"] == "relu"
     moe, dense = seeded(LanguageModel, cfg), seeded(LanguageModel, twin)
     rest = lambda lm: {n: p.shape for n, p in lm.named_parameters() if ".feed_forward." not in n}  # noqa: E731
     assert rest(moe) == rest(dense)
@@ -150,6 +152,14 @@ def test_every_parameter_gets_a_finite_gradient():
     (next_token_loss(logits, tokens()) + sum(routing.aux_loss for routing in routings)).backward()
     for name, parameter in lm.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
+
+
+def test_a_model_trains_under_autocast():
+    lm = model(lm_config(n_shared_experts=1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = next_token_loss(lm(tokens())[0], tokens())
+    loss.backward()
+    assert loss.dtype == torch.float32 and all(p.dtype == p.grad.dtype == torch.float32 for p in lm.parameters())
 
 
 def test_a_model_survives_its_state_dict():

@@ -33,7 +33,8 @@ def curves(series: dict, x=None, *, x_title: str = "optimiser step", y_title: st
         if not np.array_equal(low, high):
             traces.append(go.Scatter(x=[*at, *at[::-1]], y=[*high, *low[::-1]], fill="toself", fillcolor=theme.fade(color, 0.2), mode="none",
                                      hoverinfo="skip"))
-        traces.append(go.Scatter(x=at.tolist(), y=mean.tolist(), mode="lines", name=name, line={"color": color, "width": 2.5}))
+        traces.append(go.Scatter(x=at.tolist(), y=mean.tolist(), mode="lines" if len(mean) > 1 else "markers", name=name,
+                                 line={"color": color, "width": 2.5}, marker={"color": color, "size": 9}, cliponaxis=False))
         ends.append((float(at[-1]), float(mean[-1]), name, color))
     kind = {"x": "log" if log_x else "linear", "y": "log" if log_y else "linear"}
     span = y_range or _span(traces, log_y)

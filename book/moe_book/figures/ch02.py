@@ -52,7 +52,7 @@ def regions(router: TopKRouter, x_TD, *, cloud_TD=None, reach: float = 2.4, heig
                        textposition="top center", textfont={"color": theme.INK}, marker={"size": [1, 9], "color": colors[e]}, cliponaxis=False)
             for e, w in enumerate(router.weight.tolist())]
     tokens = [_tokens(router, x_TD, 15, colors)] + ([] if cloud_TD is None else [_tokens(router, cloud_TD, 6, colors)])
-    axis = {"range": [-reach, reach], "showgrid": False, "zeroline": True, "zerolinecolor": theme.MUTED}
+    axis = {"range": [-reach, reach], "constrain": "domain", "showgrid": False, "zeroline": True, "zerolinecolor": theme.MUTED}
     return theme.figure([*wedges, *rows, *tokens], height=height, margin={"l": 48, "r": 8, "t": 8, "b": 48},
                         xaxis={**axis, "title": {"text": "first coordinate of the token"}},
                         yaxis={**axis, "title": {"text": "second coordinate"}, "scaleanchor": "x"})

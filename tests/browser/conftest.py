@@ -4,6 +4,7 @@ The book is built when it is missing or older than its sources; MOE_BOOK_HTML na
 Chromium skips these tests, except in continuous integration, where they fail.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -23,9 +24,23 @@ def toc_pages() -> list[str]:
     return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
 
 
+def source(page: str) -> str:
+    """What the author wrote on a page."""
+    if (notebook := ROOT / f"{page}.ipynb").exists():
+        return "".join(line for cell in json.loads(notebook.read_text("utf8"))["cells"] for line in [*cell["source"], "\n"])
+    return (ROOT / f"{page}.md").read_text("utf8")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "pages_with(text): run on those pages only whose source holds the text")
+
+
 def pytest_generate_tests(metafunc):
     if "page_name" in metafunc.fixturenames:
-        metafunc.parametrize("page_name", toc_pages(), ids=lambda name: name.removeprefix("book/").removeprefix("chapters/"))
+        marker = metafunc.definition.get_closest_marker("pages_with")
+        pages = [page for page in toc_pages() if marker is None or marker.args[0] in source(page)]
+        assert pages, f"no page holds {marker.args[0]!r}"
+        metafunc.parametrize("page_name", pages, ids=lambda name: name.removeprefix("book/").removeprefix("chapters/"))
 
 
 def _is_stale(built: Path) -> bool:

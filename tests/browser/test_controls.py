@@ -5,6 +5,7 @@ import statistics
 import pytest
 
 DRAWN = "([plot, old]) => plot.dataset.frame !== old && plot.dataset.frame"
+pytestmark = pytest.mark.pages_with("Explorer(")
 KEYS = {"range": "ArrowRight", "step": "ArrowRight", "select": "ArrowDown", "switch": "Space"}
 # One step of a slider: from the input event to the first task after the frame that shows it.
 STEP = """async (root) => {
@@ -36,10 +37,7 @@ def press(page, plot, key: str) -> str:
 @pytest.fixture
 def explorers(visit):
     seen = visit()
-    found = seen.explorers()
-    if not found:
-        pytest.skip("no figure on this page")
-    return seen.page, found
+    return seen.page, seen.explorers()
 
 
 def test_every_control_changes_its_figure(explorers):
@@ -85,11 +83,11 @@ def test_a_change_is_announced_and_the_table_follows(explorers):
         assert explorer.locator("tbody tr").count() > 0
 
 
+@pytest.mark.pages_with("Step(")
 def test_play_and_pause_by_keyboard(explorers):
     page, found = explorers
     buttons = [b for explorer in found for b in explorer.locator(".moe-play").all()]
-    if not buttons:
-        pytest.skip("nothing to play on this page")
+    assert buttons
     for button in buttons:
         plot = button.locator("xpath=ancestor::figure").locator(".moe-plot")
         button.focus()
@@ -99,6 +97,7 @@ def test_play_and_pause_by_keyboard(explorers):
         assert button.get_attribute("data-playing") == "false"
 
 
+@pytest.mark.pages_with("Step(")
 def test_no_animation_for_those_who_asked_for_none(visit):
     seen = visit(reduced_motion="reduce")
     seen.explorers()
@@ -124,12 +123,14 @@ def test_the_figure_follows_the_theme_button(explorers):
     light = plot.evaluate(fill)
     page.evaluate("document.documentElement.dataset.theme = 'dark'")
     page.wait_for_function(f"([e, old]) => ({fill})(e) !== old", arg=[plot.element_handle(), light])
+    assert plot.evaluate(fill) != light
 
 
 def test_measure_a_step(explorers, record_step, page_name):
     _page, found = explorers
-    for explorer in found:
-        if explorer.locator("input[type=range]").count():
-            explorer.locator(".moe-plot").scroll_into_view_if_needed()
-            title = explorer.locator("figcaption").inner_text()
-            record_step(f"{page_name}: {title}", statistics.median(explorer.evaluate(STEP)[1:]))
+    with_slider = [explorer for explorer in found if explorer.locator("input[type=range]").count()]
+    assert with_slider
+    for explorer in with_slider:
+        explorer.locator(".moe-plot").scroll_into_view_if_needed()
+        title = explorer.locator("figcaption").inner_text()
+        record_step(f"{page_name}: {title}", statistics.median(explorer.evaluate(STEP)[1:]))

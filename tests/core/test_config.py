@@ -63,7 +63,7 @@ def test_a_misspelt_argument_is_refused(make):
     {"jitter_noise": 0.999}, {"n_shared_experts": 0}, {"aux_loss_weight": 0, "z_loss_weight": 1},
 ], ids=str)
 def test_the_ends_of_the_ranges_are_allowed(changes):
-    MixtureOfExperts(config(**changes))
+    assert MixtureOfExperts(config(**changes)).config == config(**changes)
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -1,6 +1,6 @@
 """Does the router learn anything? The same small language model with seven routers that differ in how they choose and what they learn.
 
-Run it with `python book/runs/router_learns.py` (about five minutes on one quiet CPU core); chapter 2 shows router_learns.json.
+Run it with `python book/runs/router_learns.py` (about seven minutes on one quiet CPU core); chapter 2 shows router_learns.json.
 """
 
 import sys

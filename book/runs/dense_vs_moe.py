@@ -94,7 +94,7 @@ def passages(model: LanguageModel, text: corpus.Corpus) -> dict:
     model.eval()
     found = {}
     for domain, valid in text.valid.items():
-        start = 20_000 + valid[20_000:].tolist().index(ord("\n")) + 1
+        start = 5_000 + valid[5_000:].tolist().index(ord("\n")) + 1
         tokens = valid[start : start + PASSAGE].long()
         routings = model(tokens.unsqueeze(0))[1]
         found[domain] = {"text": corpus.decode(tokens), "experts": [r.expert_indices[0, :, 0].tolist() for r in routings]}

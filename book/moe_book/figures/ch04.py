@@ -73,11 +73,13 @@ def characters_in_color(text: str, experts: list[int], *, n_experts: int, column
     letters = go.Scatter(x=x, y=y, mode="text", text=shown, name="characters", cliponaxis=False, textfont={"family": "monospace", "size": 13},
                          customdata=[f"{c}: expert {e}" for c, e in zip(shown, experts)], meta="character and expert")
     bare = {"visible": False, "showgrid": False}
-    used = sorted(set(experts))
-    legend = [go.Scatter(x=[None], y=[None], mode="markers", name=f"{e}", marker={"symbol": "square", "size": 12, "color": theme.expert_color(e, n_experts)})
-              for e in used]
+    # The key is a first row of tiles: it stays in one line on a phone, where a legend does not.
+    key = [9 + 27 * e / n_experts for e in range(n_experts)]
+    names = go.Scatter(x=[2.5, *key], y=[-1.6] * (n_experts + 1), mode="text", text=["expert", *map(str, range(n_experts))], cliponaxis=False,
+                       textfont={"size": 13})
+    key_tiles = go.Bar(orientation="h", base=[v - 0.8 for v in key], x=[1.6] * n_experts, y=[-1.6] * n_experts, width=0.95, hoverinfo="skip",
+                       marker={"color": [theme.fade(c, 0.45) for c in theme.expert_colors(n_experts)], "line": {"width": 0}})
     return theme.figure(
-        [tiles.update(showlegend=False), letters.update(showlegend=False), *legend], height=height, barmode="overlay", showlegend=True,
-        margin={"l": 0, "r": 0, "t": 44, "b": 8}, legend={"title": {"text": "expert "}},
-        xaxis={**bare, "range": [-0.6, columns - 0.4]}, yaxis={**bare, "range": [max(max(y), 9) + 0.5, -0.5]},
+        [tiles, letters, key_tiles, names], height=height, barmode="overlay", margin={"l": 0, "r": 0, "t": 4, "b": 8},
+        xaxis={**bare, "range": [-0.6, columns - 0.4]}, yaxis={**bare, "range": [max(max(y), 8) + 0.5, -2.2]},
     )

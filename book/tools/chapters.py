@@ -64,7 +64,8 @@ def clean_outputs(outputs: list) -> list:
                 kept[-1].text += output.text
                 continue
         elif "data" in output:
-            output.data.pop(WIDGET, None)
+            if output.data.pop(WIDGET, None) and "text/html" not in output.data:
+                continue  # a progress bar; a figure has its HTML beside the widget
             output.metadata = {key: value for key, value in output.metadata.items() if key in output.data}
             if not output.data:
                 continue

@@ -41,6 +41,14 @@ def sources() -> dict[str, Path]:
     }
 
 
+def outdated(app, _env, _added, _changed, _removed) -> list[str]:
+    """A page to write again when a static file is newer than its copy: Sphinx copies these files only when it writes a page."""
+    source, built = Path(app.srcdir) / "book/_static", Path(app.outdir) / "_static"
+    copies = [(file, built / file.relative_to(source)) for file in source.rglob("*") if file.is_file()]
+    stale = any(not copy.exists() or copy.stat().st_mtime < file.stat().st_mtime for file, copy in copies)
+    return [app.config.root_doc] if stale else []
+
+
 def vendor(app, _config) -> None:
     """Copy what is missing or changed."""
     folder = Path(app.srcdir) / "book/_static/vendor"
@@ -77,6 +85,7 @@ def page(_app, _pagename, _templatename, context, _doctree) -> None:
 
 def setup(app):
     app.connect("config-inited", vendor)
+    app.connect("env-get-outdated", outdated)
     app.connect("html-page-context", page, priority=900)  # after those who add scripts
     app.add_css_file("vendor/explorer.css")
     app.add_js_file("vendor/explorer.js", loading_method="defer")

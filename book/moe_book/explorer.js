@@ -94,7 +94,9 @@ const MoeExplorer = (() => {
     };
     const paint = () => {
       if (!Plotly || !alive || !plot.clientWidth) return;
-      const { data, layout } = frames.base;
+      const { layout } = frames.base;
+      // customdata and meta are for the table; plotly would lay the whole figure out again when they change.
+      const data = frames.base.data.map(({ customdata, meta, ...trace }) => trace);
       Plotly.react(plot, data, { ...layout, template: frames.template, width: plot.clientWidth, height: payload.height, autosize: false }, PLOT_CONFIG);
       plot.dataset.frame = frames.shown; // what is drawn now; tests and print styles read it
     };

@@ -67,11 +67,11 @@ def characters_in_color(text: str, experts: list[int], *, n_experts: int, column
         column, line = (0, line + 1) if character == "\n" else (column + 1, line)
     x, y = [place[0] for place in places], [place[1] for place in places]
     colors = [theme.expert_color(e, n_experts) for e in experts]
-    shown = ["⏎" if c == "\n" else "·" if c == " " else c for c in text]
+    shown = ["⏎" if c == "\n" else "" if c == " " else c for c in text]  # a blank is a bare tile: letters are what takes time to draw
     tiles = go.Bar(orientation="h", base=[v - 0.46 for v in x], x=[0.92] * len(x), y=y, width=0.86, hoverinfo="skip",
                    marker={"color": [theme.fade(c, 0.45) for c in colors], "line": {"width": 0}})
     letters = go.Scatter(x=x, y=y, mode="text", text=shown, name="characters", cliponaxis=False, textfont={"family": "monospace", "size": 13},
-                         customdata=[f"{c}: expert {e}" for c, e in zip(shown, experts)], meta="character and expert")
+                         customdata=[f"{c or 'blank'}: expert {e}" for c, e in zip(shown, experts)], meta="character and expert")
     bare = {"visible": False, "showgrid": False}
     # The key is a first row of tiles: it stays in one line on a phone, where a legend does not.
     key = [9 + 27 * e / n_experts for e in range(n_experts)]

@@ -19,19 +19,20 @@ def token_walk(tokens: list[str], expert_indices, expert_weights, *, n_experts: 
         ValueError: current is not a token.
     """
     index_TK, weight_TK = array(expert_indices, 2, "expert_indices"), array(expert_weights, 2, "expert_weights")
-    T, K = index_TK.shape
+    T = len(index_TK)
     if not 0 <= current < T:
         raise ValueError(f"current={current} must be between 0 and T-1={T - 1}")
     token_y = [T - 1 - t for t in range(T)]
     expert_y = [(T - 1) * (1 - (e + 0.5) / n_experts) for e in range(n_experts)]
+    # One line an expert for all who have passed, and one a slot for the token that walks: few lines are quick to draw.
+    gone = [(t, int(e)) for t in range(current) for e in index_TK[t]]
+    walks = [([(t, e) for t, of in gone if of == e], e, 1.5, 0.32) for e in range(n_experts)]
+    walks += [([(current, int(e))], int(e), 1 + 9 * float(w), 1.0) for e, w in zip(index_TK[current], weight_TK[current])]
     traces = []
-    for t in range(T):  # every frame holds the same traces, so that only their look changes from frame to frame
-        for k in range(K):
-            e, w = int(index_TK[t, k]), float(weight_TK[t, k])
-            alpha = 0.0 if t > current else 1.0 if t == current else 0.32
-            width = 1 + 9 * w if t == current else 1.5
-            traces.append(go.Scatter(x=_ACROSS, y=_curve(token_y[t], expert_y[e]), mode="lines",
-                                     line={"color": theme.fade(theme.expert_color(e, n_experts), alpha), "width": width}))
+    for routes, e, width, alpha in walks:
+        y = [v for t, _ in routes for v in [*_curve(token_y[t], expert_y[e]), None]]
+        traces.append(go.Scatter(x=[*_ACROSS, None] * len(routes), y=y, mode="lines",
+                                 line={"color": theme.fade(theme.expert_color(e, n_experts), alpha), "width": width}))
     count_E = [int((index_TK[: current + 1] == e).sum()) for e in range(n_experts)]
     labels = [_visible(token) for token in tokens]
     for x, shown in ((0, T), (2, current + 1)):

@@ -8,7 +8,7 @@ import os
 
 # As when the outputs were stored (book/tools/chapters.py): sums in another order round otherwise.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "2")
+    os.environ.setdefault(name, "1")
 
 
 def pytest_collectstart(collector):

@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-# Sums in another order round otherwise: the stored digits are those of two threads, here and in the tests (book/conftest.py).
+# Sums in another order round otherwise: the stored digits are those of one thread, here and in the tests (book/conftest.py).
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(name, "2")
+    os.environ.setdefault(name, "1")
 
 import ipykernel.kernelspec as native
 import nbformat

@@ -46,3 +46,9 @@ def test_an_unknown_scale_is_refused(monkeypatch):
     monkeypatch.setenv("MOE_BOOK_SCALE", "tpu")
     with pytest.raises(ValueError, match="MOE_BOOK_SCALE='tpu' must be 'cpu' or 'gpu'"):
         setup()
+
+
+def test_one_thread_so_that_a_busy_machine_does_not_slow_the_chapters_down():
+    torch.set_num_threads(2)
+    setup()
+    assert torch.get_num_threads() == 1

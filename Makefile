@@ -21,7 +21,7 @@ test: build browser ## run everything: unit tests, every notebook, the browser t
 	@$(PY) -m pytest $(NBVAL) tests book/chapters book/solutions
 
 lab: $(READY) ## open JupyterLab on the chapters
-	@$(PY) -m jupyterlab --ServerApp.root_dir=book --LabApp.default_url=/lab/tree/chapters
+	@$(PY) -m jupyterlab --ServerApp.root_dir=book --LabApp.default_url=/lab/tree/chapters $(if $(filter 0,$(shell id -u)),--allow-root)
 
 chapters: $(READY) ## execute and normalise the notebooks (CHAPTER=02 only that one)
 	@$(PY) book/tools/chapters.py $(CHAPTER)

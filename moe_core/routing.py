@@ -19,6 +19,7 @@ class DropReason(IntEnum):
     KEPT = 0
     OVER_CAPACITY = 1
     PADDING = 2
+    NOT_SELECTED = 3  # routers with K = E slots: this expert was never asked for (not among its choices, below its threshold, zero)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from .config import MoEConfig
 from .experts import Experts, FeedForward
-from .routers import TopKRouter
+from .routers import build
 from .routing import Routing
 
 
@@ -23,11 +23,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.config = config
-        self.router = TopKRouter(
-            config.d_model, config.n_experts, config.top_k, capacity_factor=config.capacity_factor,
-            norm_topk_prob=config.norm_topk_prob, aux_loss_weight=config.aux_loss_weight, z_loss_weight=config.z_loss_weight,
-            jitter_noise=config.jitter_noise,
-        )
+        self.router = build(config)
         mlp = {"activation": config.activation, "glu": config.glu}
         self.experts = Experts(
             config.d_model, config.d_ff, config.n_experts, drop_path=config.drop_path, backend=config.backend, **mlp
@@ -36,17 +32,26 @@ class MixtureOfExperts(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = FeedForward(config.d_model, config.n_shared_experts * config.d_ff, **mlp)
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Route, compute, combine.
 
         Args:
             x: (B, N, D) tokens.
             padding_mask: (B, N) bool, True for real tokens; None when all are real.
+            token_ids: (B, N) int64, for the routers that read them (hash routing); the others leave them alone.
 
         Returns:
             y (B, N, D) in x's dtype, and the ``Routing``. The residual connection is the caller's.
+
+        Raises:
+            ValueError: a shape does not fit, or the router needs token_ids and there are none.
         """
-        routing = self.router(x, padding_mask)
+        if self.router.needs_token_ids:
+            if token_ids is None:
+                raise ValueError(f"token_ids=None must be (B, N) int64: router={self.config.router!r} needs them")
+            routing = self.router(x, padding_mask, token_ids)
+        else:
+            routing = self.router(x, padding_mask)
         y = self.experts(x, routing)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)

@@ -32,9 +32,12 @@ class DispatchPlan:
         self.row_of_slot = torch.full_like(order, n_rows)
         self.row_of_slot[self.slot_A] = torch.arange(n_rows, device=order.device)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> rows (A, D): a copy of the token for each of its kept slots."""
-        return x.reshape(self.n_tokens, x.shape[-1]).index_select(0, self.slot_A // self.top_k)
+    def gather(self, x: Tensor, input_weights: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> rows (A, D): a copy of the token for each of its kept slots, times the slot's weight (B, N, K) if given."""
+        rows_AD = x.reshape(self.n_tokens, x.shape[-1]).index_select(0, self.slot_A // self.top_k)
+        if input_weights is None:
+            return rows_AD
+        return (rows_AD * input_weights.flatten().index_select(0, self.slot_A).unsqueeze(-1)).to(rows_AD.dtype)
 
     def combine(self, rows_AD: Tensor, expert_weights: Tensor) -> Tensor:
         r"""Rows (A, D) back to their tokens, weighted: (B, N, D).

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import capacity, losses
+from .. import losses
 from .._validate import at_least, between, whole
+from ..capacity import CapacityRule
 from ..routing import DropReason, Routing
 
 
@@ -21,7 +22,8 @@ class Router(nn.Module):
 
     Args:
         d_model, n_experts: D and E.
-        capacity_factor: see ``moe_core.capacity``; None means dropless.
+        capacity_factor: places per slot at perfect balance, None means dropless; or a ``CapacityRule``, which says the rest
+            (a factor for eval, the formula, who is dropped, where the overflow goes).
         aux_loss_weight, z_loss_weight: coefficients of ``losses.load_balance`` and ``losses.z_loss``; 0 leaves a loss out.
         jitter_noise: in training, x is first multiplied by noise uniform in [1 - jitter_noise, 1 + jitter_noise]; only the
             router sees it. Fedus et al. 2021 (arXiv 2101.03961), section 2.2.
@@ -35,14 +37,13 @@ class Router(nn.Module):
 
     needs_token_ids = False
 
-    def __init__(self, d_model: int, n_experts: int, *, capacity_factor: float | None = None, aux_loss_weight: float = 0.0,
-                 z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
+    def __init__(self, d_model: int, n_experts: int, *, capacity_factor: float | CapacityRule | None = None,
+                 aux_loss_weight: float = 0.0, z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
         super().__init__()
         whole(1, d_model=d_model, n_experts=n_experts)
         between(0.0, 1.0, jitter_noise=jitter_noise)
         at_least(0, aux_loss_weight=aux_loss_weight, z_loss_weight=z_loss_weight)
-        if capacity_factor is not None:
-            at_least(0, capacity_factor=capacity_factor)
+        self.capacity_rule = CapacityRule.of(capacity_factor)
         self.d_model, self.n_experts, self.jitter_noise, self.capacity_factor = d_model, n_experts, jitter_noise, capacity_factor
         self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
@@ -52,6 +53,17 @@ class Router(nn.Module):
         """Draw the weight as nn.Linear draws its own: uniform in +-1/sqrt(D)."""
         bound = 1 / math.sqrt(self.d_model)
         nn.init.uniform_(self.weight, -bound, bound)
+
+    def _apply(self, fn, recurse=True):
+        """Move or cast the module; the state of a router (its floating-point buffers) moves but stays float32 at least: a bias
+        that changes by 0.001 a step would stand still in bfloat16."""
+        state = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in state.items():
+            cast = self._buffers[name]
+            if cast.dtype.itemsize < buffer.dtype.itemsize:
+                self._buffers[name] = buffer.to(cast.device, torch.promote_types(cast.dtype, torch.float32))
+        return self
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, E), in float32 at least, whatever the model's dtype: bf16 logits change which experts win.
@@ -70,7 +82,7 @@ class Router(nn.Module):
 
     def route(self, indices_BNK: Tensor, weights_BNK: Tensor, logits_BNE: Tensor, scores_BNE: Tensor, *,
               padding_mask: Tensor | None = None, selected_BNK: Tensor | None = None, normalized: bool = False,
-              apply_capacity: bool = True) -> Routing:
+              apply_capacity: bool = True, weights_on: str = "output") -> Routing:
         """Make the Routing: mark padding, drop what finds no room, add the common losses.
 
         Args:
@@ -80,6 +92,7 @@ class Router(nn.Module):
             selected_BNK: (B, N, K) bool, for routers with K = E slots: False where the expert is not asked for.
             normalized: the K weights of a token sum to 1.
             apply_capacity: False where the router limits its experts in its own way.
+            weights_on: "output" or "input"; see ``Routing``.
 
         Raises:
             ValueError: padding_mask has the wrong shape or dtype.
@@ -97,10 +110,10 @@ class Router(nn.Module):
         routing = Routing(
             expert_indices=indices_BNK, expert_weights=weights_BNK, capacity_mask=reason_BNK == DropReason.KEPT,
             logits=logits_BNE, scores=scores_BNE, drop_reason=reason_BNK, padding_mask=padding_mask, normalized=normalized,
-            dropless=padding_mask is None and selected_BNK is None,
+            dropless=padding_mask is None and selected_BNK is None, weights_on=weights_on,
         )
-        if apply_capacity and self.capacity_factor is not None:
-            routing = capacity.apply(routing, capacity_factor=self.capacity_factor)
+        if apply_capacity:
+            routing = self.capacity_rule.apply(routing, training=self.training)
         if self.aux_loss_weight > 0:
             routing = routing.with_losses(load_balance=self.aux_loss_weight * losses.load_balance(routing))
         if self.z_loss_weight > 0:

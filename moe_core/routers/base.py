@@ -50,9 +50,12 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight as nn.Linear draws its own: uniform in +-1/sqrt(D)."""
+        """Draw the weight as nn.Linear draws its own, uniform in +-1/sqrt(D); a bias, where a router has one, starts at zero."""
         bound = 1 / math.sqrt(self.d_model)
         nn.init.uniform_(self.weight, -bound, bound)
+        for name in ("bias", "expert_bias"):
+            if getattr(self, name, None) is not None:
+                nn.init.zeros_(getattr(self, name))
 
     def _apply(self, fn, recurse=True):
         """Move or cast the module; the state of a router (its floating-point buffers) moves but stays float32 at least: a bias

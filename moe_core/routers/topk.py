@@ -72,13 +72,6 @@ class TopKRouter(Router):
         self.bias = nn.Parameter(torch.zeros(n_experts)) if bias else None
         self.register_buffer("expert_bias", torch.zeros(n_experts, dtype=torch.float32) if expert_bias else None)
 
-    def reset_parameters(self) -> None:
-        """Draw the weight anew; both biases start at zero."""
-        super().reset_parameters()
-        for bias in (getattr(self, "bias", None), getattr(self, "expert_bias", None)):  # the base class calls before they exist
-            if bias is not None:
-                nn.init.zeros_(bias)
-
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """Route tokens (B, N, D); K slots per token, the best expert first.
 

@@ -6,7 +6,8 @@ Dimension letters, everywhere: B batch, N tokens per sequence, T = B*N, D d_mode
 C capacity, A kept assignments. A local tensor carries its dims as a suffix: ``scores_BNE``, ``rows_AD``.
 """
 
-from . import capacity, losses
+from . import capacity, losses, metrics, probe
+from .capacity import CapacityRule
 from .config import MoEConfig
 from .dispatch import DispatchPlan
 from .experts import Experts, FeedForward
@@ -17,6 +18,6 @@ from .routing import DropReason, Routing
 
 __version__ = "0.1.0"
 __all__ = [
-    "DispatchPlan", "DropReason", "Experts", "FeedForward", "LMConfig", "LanguageModel", "MixtureOfExperts", "MoEConfig",
-    "Router", "Routing", "TopKRouter", "capacity", "losses",
+    "CapacityRule", "DispatchPlan", "DropReason", "Experts", "FeedForward", "LMConfig", "LanguageModel", "MixtureOfExperts",
+    "MoEConfig", "Router", "Routing", "TopKRouter", "capacity", "losses", "metrics", "probe",
 ]

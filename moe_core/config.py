@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 
 from ._validate import at_least, between, boolean, one_of, top_k_fits, whole
+from .capacity import CapacityRule
+from .capacity import CapacityRule
 from .experts import ACTIVATIONS, BACKENDS
 from .routers import ROUTERS, build, top_k_is_a_mean
 
@@ -17,7 +19,7 @@ class MoEConfig:
     Attributes:
         d_model, d_ff, n_experts, top_k: D, F (of one expert), E and K. Where a token may take any number of experts (expert choice,
             threshold, ReLU), K is their mean number, the router's ``expansion``, and may be a fraction.
-        capacity_factor: places per slot at perfect balance; None means dropless.
+        capacity_factor: places per slot at perfect balance; None means dropless. Or a ``CapacityRule``.
         router: the name of the router, one of ``moe_core.routers.ROUTERS``.
         norm_topk_prob: renormalise the weights of the K chosen experts so that they sum to 1.
         aux_loss_weight, z_loss_weight: coefficients of the load-balancing loss and of the z-loss; 0 leaves a loss out.
@@ -37,7 +39,7 @@ class MoEConfig:
     d_ff: int
     n_experts: int
     top_k: int | float
-    capacity_factor: float | None = None
+    capacity_factor: float | CapacityRule | None = None
     router: str = "topk"
     norm_topk_prob: bool = True
     aux_loss_weight: float = 0.0
@@ -61,8 +63,11 @@ class MoEConfig:
             top_k_fits(self.top_k, self.n_experts)
         whole(0, n_shared_experts=self.n_shared_experts)
         at_least(0, aux_loss_weight=self.aux_loss_weight, z_loss_weight=self.z_loss_weight)
-        if self.capacity_factor is not None:
-            at_least(0, capacity_factor=self.capacity_factor)
+        rule = CapacityRule.of(self.capacity_factor)
+        if isinstance(self.capacity_factor, dict):  # as it comes out of to_dict
+            object.__setattr__(self, "capacity_factor", rule)
+        if rule.overflow == "shared" and self.n_shared_experts == 0:
+            raise ValueError("n_shared_experts=0 must be at least 1 where the overflow goes to the shared expert")
         between(0.0, 1.0, jitter_noise=self.jitter_noise, drop_path=self.drop_path)
         boolean(norm_topk_prob=self.norm_topk_prob, glu=self.glu)
         one_of(ACTIVATIONS, activation=self.activation)
@@ -85,7 +90,8 @@ class MoEConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"unknown keys in MoEConfig: {', '.join(unknown)}")
-        return cls(**values)
+        rule = values.get("capacity_factor")
+        return cls(**{**values, "capacity_factor": CapacityRule(**rule)} if isinstance(rule, dict) else values)
 
 
 def _plain(options: dict) -> dict:

@@ -5,19 +5,24 @@ from torch import Tensor, nn
 from .config import MoEConfig
 from .experts import Experts, FeedForward
 from .routers import build
+from .routers.zero_computation import ZeroComputationRouter
 from .routing import Routing
+from .zero_computation import ZeroComputationExperts, ffn_routing
 
 
 class MixtureOfExperts(nn.Module):
     r"""A layer that stands where a transformer's feed-forward layer stood.
 
-    .. math:: y_t = \sum_{k} w_{t,k} \, f_{e_{t,k}}(x_t) \; [+ f_{shared}(x_t)]
+    .. math:: y_t = \sum_{k} w_{t,k} \, f_{e_{t,k}}(x_t) \; [+ (1 + w^{over}_t) f_{shared}(x_t)]
+
+    w^over is the weight of the token's slots over capacity where the ``CapacityRule`` hands it to the shared expert, and 0 elsewhere.
 
     Args:
         config: an ``MoEConfig``.
 
     Attributes:
         router: returns a ``Routing``. experts: an ``Experts``. shared_experts: a ``FeedForward`` every token visits, or None.
+        zero_computation_experts: a ``ZeroComputationExperts`` behind a router that sends tokens there, or None.
     """
 
     def __init__(self, config: MoEConfig):
@@ -28,6 +33,10 @@ class MixtureOfExperts(nn.Module):
         self.experts = Experts(
             config.d_model, config.d_ff, config.n_experts, drop_path=config.drop_path, backend=config.backend, **mlp
         )
+        self.zero_computation_experts = None
+        if isinstance(self.router, ZeroComputationRouter):
+            cheap = self.router.n_zero_experts, self.router.n_copy_experts, self.router.n_constant_experts
+            self.zero_computation_experts = ZeroComputationExperts(config.d_model, *cheap)
         self.shared_experts = None
         if config.n_shared_experts:
             self.shared_experts = FeedForward(config.d_model, config.n_shared_experts * config.d_ff, **mlp)
@@ -54,5 +63,8 @@ class MixtureOfExperts(nn.Module):
             routing = self.router(x, padding_mask)
         y = self.experts(x, routing)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(x)
+            shared = self.shared_experts(x)
+            y = y + shared
+            if routing.overflow == "shared":  # stands in for the experts that were full
+                y = y + (routing.overflow_weight.unsqueeze(-1) * shared).to(y.dtype)
         return y, routing

@@ -56,9 +56,7 @@ class MoEConfig:
         whole(1, d_model=self.d_model, d_ff=self.d_ff, n_experts=self.n_experts)
         one_of(ROUTERS, router=self.router)
         if top_k_is_a_mean(self.router):
-            at_least(0, top_k=self.top_k)
-            if not 0 < self.top_k <= self.n_experts:
-                raise ValueError(f"top_k={self.top_k!r} must be above 0 and at most n_experts={self.n_experts}")
+            at_least(0, top_k=self.top_k)  # the router says the rest, of its expansion
         else:
             top_k_fits(self.top_k, self.n_experts)
         whole(0, n_shared_experts=self.n_shared_experts)
@@ -90,8 +88,7 @@ class MoEConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"unknown keys in MoEConfig: {', '.join(unknown)}")
-        rule = values.get("capacity_factor")
-        return cls(**{**values, "capacity_factor": CapacityRule(**rule)} if isinstance(rule, dict) else values)
+        return cls(**values)
 
 
 def _plain(options: dict) -> dict:

@@ -61,7 +61,10 @@ class MixtureOfExperts(nn.Module):
             routing = self.router(x, padding_mask, token_ids)
         else:
             routing = self.router(x, padding_mask)
-        y = self.experts(x, routing)
+        if self.zero_computation_experts is None:
+            y = self.experts(x, routing)
+        else:
+            y = self.experts(x, ffn_routing(routing, self.config.n_experts)) + self.zero_computation_experts(x, routing)
         if self.shared_experts is not None:
             shared = self.shared_experts(x)
             y = y + shared

@@ -56,7 +56,8 @@ class LMConfig:
     def dense_twin(self) -> "LMConfig":
         """The dense model whose feed-forward layer costs what a token's experts cost: F_dense = (K + shared) * F.
 
-        What an MoE layer multiplies beyond that, per token: D*E in the router, and K*D to weight and add the experts' outputs.
+        What an MoE layer multiplies beyond that, per token: D*E in the router, and K*D to weight and add the experts' outputs. Experts
+        without computation count like the others: K is then the most that a token may cost.
 
         Raises:
             ValueError: the model is dense already.

@@ -89,11 +89,6 @@ class Routing:
         return self._count(self.capacity_mask).sum(0)
 
     @property
-    def selected_per_expert(self) -> Tensor:
-        """(E,) int64: selected slots per expert, whether or not there was room; what balance losses and biases count."""
-        return self._count(self.selected_mask).sum(0)
-
-    @property
     def drop_rate(self) -> Tensor:
         """Scalar: the share of selected slots that found no room; 0 when nothing was selected."""
         dropped = (self.drop_reason == DropReason.OVER_CAPACITY).sum()

@@ -34,7 +34,7 @@ def global_share(routings: Sequence[Routing]) -> Tensor:
     """
     if not routings:
         raise ValueError("routings must hold at least one Routing")
-    counts_E = sum_over_ranks(torch.stack([r.selected_per_expert for r in routings]).sum(0))
+    counts_E = sum_over_ranks(torch.stack([r.slots_per_expert() for r in routings]).sum(0))
     return (counts_E.double() / counts_E.sum().clamp(min=1)).to(routings[0].scores.dtype)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._validate import at_least
+from .._validate import expansion_fits
 from ..routing import Routing
 from .spread import weight_per_expert
 
@@ -39,13 +39,13 @@ def l1(routing: Routing, *, expansion: float | None = None) -> Tensor:
         Scalar, without the coefficient, which ReMoE adapts step by step.
 
     Raises:
-        ValueError: expansion is negative, not finite or 0.
+        ValueError: expansion is not above 0 and at most E.
 
     Source: Wang et al. 2024 (ReMoE, arXiv 2412.14711), the L1 regularisation with load balancing.
     """
     weight_E = weight_per_expert(routing).abs()
     n_tokens = routing.real_tokens.sum().clamp(min=1)
     if expansion is not None:
-        at_least(1e-6, expansion=expansion)
-        weight_E = weight_E * routing.selected_per_expert * (routing.n_experts / expansion) / n_tokens
+        expansion_fits(expansion, routing.n_experts)
+        weight_E = weight_E * routing.slots_per_expert() * (routing.n_experts / expansion) / n_tokens
     return weight_E.sum() / n_tokens

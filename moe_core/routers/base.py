@@ -24,7 +24,7 @@ class Router(nn.Module):
         d_model, n_experts: D and E.
         capacity_factor: places per slot at perfect balance, None means dropless; or a ``CapacityRule``, which says the rest
             (a factor for eval, the formula, who is dropped, where the overflow goes).
-        aux_loss_weight, z_loss_weight: coefficients of ``losses.load_balance`` and ``losses.z_loss``; 0 leaves a loss out.
+        aux_loss_weight, z_loss_weight: coefficients of ``balance_loss`` and of ``losses.z_loss``; 0 leaves a loss out.
         jitter_noise: in training, x is first multiplied by noise uniform in [1 - jitter_noise, 1 + jitter_noise]; only the
             router sees it. Fedus et al. 2021 (arXiv 2101.03961), section 2.2.
 
@@ -52,7 +52,8 @@ class Router(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weight as nn.Linear draws its own, uniform in +-1/sqrt(D); a bias, where a router has one, starts at zero."""
         bound = 1 / math.sqrt(self.d_model)
-        nn.init.uniform_(self.weight, -bound, bound)
+        if self.weight is not None:  # a hash router with nothing to learn has none
+            nn.init.uniform_(self.weight, -bound, bound)
         for name in ("bias", "expert_bias"):
             if getattr(self, name, None) is not None:
                 nn.init.zeros_(getattr(self, name))
@@ -104,11 +105,7 @@ class Router(nn.Module):
         if selected_BNK is not None:
             reason_BNK = reason_BNK.masked_fill(~selected_BNK, DropReason.NOT_SELECTED)
         if padding_mask is not None:
-            if padding_mask.shape != indices_BNK.shape[:2] or padding_mask.dtype != torch.bool:
-                raise ValueError(
-                    f"padding_mask must be bool of shape {tuple(indices_BNK.shape[:2])}, True for real tokens; "
-                    f"this one is {padding_mask.dtype} of shape {tuple(padding_mask.shape)}"
-                )
+            require_padding_mask(padding_mask, indices_BNK.shape[:2])
             reason_BNK = reason_BNK.masked_fill(~padding_mask.unsqueeze(-1), DropReason.PADDING)
         routing = Routing(
             expert_indices=indices_BNK, expert_weights=weights_BNK, capacity_mask=reason_BNK == DropReason.KEPT,
@@ -118,10 +115,14 @@ class Router(nn.Module):
         if apply_capacity:
             routing = self.capacity_rule.apply(routing, training=self.training)
         if self.aux_loss_weight > 0:
-            routing = routing.with_losses(load_balance=self.aux_loss_weight * losses.load_balance(routing))
+            routing = routing.with_losses(load_balance=self.aux_loss_weight * self.balance_loss(routing))
         if self.z_loss_weight > 0:
             routing = routing.with_losses(z_loss=self.z_loss_weight * losses.z_loss(routing))
         return routing
+
+    def balance_loss(self, routing: Routing) -> Tensor:
+        """What ``aux_loss_weight`` multiplies: ``losses.load_balance``, unless the router's paper has another."""
+        return losses.load_balance(routing)
 
     def every_expert(self, x: Tensor) -> Tensor:
         """(B, N, E) int64: slot e goes to expert e, for routers with K = E slots."""
@@ -130,3 +131,12 @@ class Router(nn.Module):
     def update(self, routings: Sequence[Routing]) -> None:
         """Change what the router learns outside the gradient; call once per optimiser step, with the routings of all its
         micro-batches. A router without such state changes nothing."""
+
+
+def require_padding_mask(padding_mask: Tensor, tokens_BN: torch.Size) -> None:
+    """Raise ValueError unless the mask is bool of shape (B, N); for routers that use it before ``route`` does."""
+    if padding_mask.shape != tokens_BN or padding_mask.dtype != torch.bool:
+        raise ValueError(
+            f"padding_mask must be bool of shape {tuple(tokens_BN)}, True for real tokens; "
+            f"this one is {padding_mask.dtype} of shape {tuple(padding_mask.shape)}"
+        )

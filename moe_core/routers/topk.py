@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import losses
 from .._validate import at_least, boolean, one_of, top_k_fits, whole
 from ..routing import WEIGHTS_ON, Routing
 from .base import Router
@@ -109,6 +110,10 @@ class TopKRouter(Router):
             total_BN1 = weights_BNK.sum(dim=-1, keepdim=True) + self.norm_eps
             weights_BNK = weights_BNK / total_BN1.clamp(min=torch.finfo(total_BN1.dtype).tiny)  # all scores may underflow: not 0 / 0
         return weights_BNK * self.routed_scaling_factor
+
+    def balance_loss(self, routing: Routing) -> Tensor:
+        """``losses.load_balance``; of scores that do not sum to 1 it takes each token's relative ones, so that balance is 1."""
+        return losses.load_balance(routing, relative_scores=self.score_func != "softmax")
 
     @property
     def sums_to_one(self) -> bool:

@@ -21,13 +21,13 @@ ROUTERS = {
     "expert_choice": ("expert_choice", "ExpertChoiceRouter"),
     "expert_threshold": ("expert_threshold", "ExpertThresholdRouter"),
     "sinkhorn": ("sinkhorn", "SinkhornRouter"),
-    "base": ("sinkhorn", "BalancedAssignmentRouter"),
+    "base": ("balanced_assignment", "BalancedAssignmentRouter"),
     "quantile_balancing": ("quantile_balancing", "QuantileBalancingRouter"),
     "relu": ("relu", "ReLURouter"),
     "zero_computation": ("zero_computation", "ZeroComputationRouter"),
 }
 
-# Fields of MoEConfig that only some routers can use -> the value that asks for nothing.
+# Fields of MoEConfig that some routers have no use for -> the value that asks for nothing.
 _SHARED_OPTIONS = {"capacity_factor": None, "norm_topk_prob": True, "aux_loss_weight": 0.0, "z_loss_weight": 0.0, "jitter_noise": 0.0}
 _FIELDS = ("d_model", "n_experts", "top_k", "expansion", *_SHARED_OPTIONS)
 
@@ -43,6 +43,12 @@ def router_class(name: str) -> type[Router]:
 def top_k_is_a_mean(name: str) -> bool:
     """True for a router whose tokens may take any number of experts: K is then their mean number, and may be a fraction."""
     return "expansion" in signature(router_class(name)).parameters
+
+
+def shared_defaults(name: str) -> dict:
+    """What the fields of MoEConfig that several routers share are for this one, when nobody says anything."""
+    parameters = signature(router_class(name)).parameters
+    return {field: parameters[field].default if field in parameters else nothing for field, nothing in _SHARED_OPTIONS.items()}
 
 
 def build(config: "MoEConfig") -> Router:

@@ -9,7 +9,7 @@ from ._validate import at_least, between, boolean, one_of, top_k_fits, whole
 from .capacity import CapacityRule
 from .capacity import CapacityRule
 from .experts import ACTIVATIONS, BACKENDS
-from .routers import ROUTERS, build, top_k_is_a_mean
+from .routers import ROUTERS, build, shared_defaults, top_k_is_a_mean
 
 
 @dataclass(frozen=True)
@@ -21,15 +21,16 @@ class MoEConfig:
             threshold, ReLU), K is their mean number, the router's ``expansion``, and may be a fraction.
         capacity_factor: places per slot at perfect balance; None means dropless. Or a ``CapacityRule``.
         router: the name of the router, one of ``moe_core.routers.ROUTERS``.
-        norm_topk_prob: renormalise the weights of the K chosen experts so that they sum to 1.
+        norm_topk_prob: renormalise the weights of the K chosen experts so that they sum to 1; None where the router decides.
         aux_loss_weight, z_loss_weight: coefficients of the load-balancing loss and of the z-loss; 0 leaves a loss out.
         jitter_noise: epsilon of the multiplicative noise on the router's input, in training only.
         n_shared_experts: experts that every token visits besides its K; they are one MLP of width n_shared_experts * d_ff.
         activation, glu, drop_path, backend: see ``Experts``.
         router_options: what only this router knows, name -> plain value, as in its class. The router is built once to check them.
 
-    capacity_factor, norm_topk_prob, aux_loss_weight, z_loss_weight and jitter_noise go to the routers that have such an argument;
-    one that has not refuses any value but the default.
+    capacity_factor, norm_topk_prob, aux_loss_weight, z_loss_weight and jitter_noise belong to the routers that have such an argument.
+    "default" stands for the value that the router's class has (for "topk": None, True, 0, 0, 0) and is replaced by it at once, so that
+    a config always says what is done. A router without the argument has None, None, 0, 0, 0 and refuses everything else.
 
     Raises:
         ValueError: a value is out of its range, or the router cannot use it; the message names the argument, the value and the range.
@@ -39,12 +40,12 @@ class MoEConfig:
     d_ff: int
     n_experts: int
     top_k: int | float
-    capacity_factor: float | CapacityRule | None = None
+    capacity_factor: float | CapacityRule | None | str = "default"
     router: str = "topk"
-    norm_topk_prob: bool = True
-    aux_loss_weight: float = 0.0
-    z_loss_weight: float = 0.0
-    jitter_noise: float = 0.0
+    norm_topk_prob: bool | None | str = "default"
+    aux_loss_weight: float | str = "default"
+    z_loss_weight: float | str = "default"
+    jitter_noise: float | str = "default"
     n_shared_experts: int = 0
     activation: str = "silu"
     glu: bool = True
@@ -55,6 +56,9 @@ class MoEConfig:
     def __post_init__(self):
         whole(1, d_model=self.d_model, d_ff=self.d_ff, n_experts=self.n_experts)
         one_of(ROUTERS, router=self.router)
+        for name, value in shared_defaults(self.router).items():
+            if isinstance(getattr(self, name), str) and getattr(self, name) == "default":
+                object.__setattr__(self, name, value)
         if top_k_is_a_mean(self.router):
             at_least(0, top_k=self.top_k)  # the router says the rest, of its expansion
         else:
@@ -67,7 +71,7 @@ class MoEConfig:
         if rule.overflow == "shared" and self.n_shared_experts == 0:
             raise ValueError("n_shared_experts=0 must be at least 1 where the overflow goes to the shared expert")
         between(0.0, 1.0, jitter_noise=self.jitter_noise, drop_path=self.drop_path)
-        boolean(norm_topk_prob=self.norm_topk_prob, glu=self.glu)
+        boolean(glu=self.glu)
         one_of(ACTIVATIONS, activation=self.activation)
         one_of(BACKENDS, backend=self.backend)
         object.__setattr__(self, "router_options", _plain(self.router_options))

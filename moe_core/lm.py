@@ -152,8 +152,8 @@ class LanguageModel(nn.Module):
 
         A router that prescribes its own start (noisy top-k: zeros) keeps it.
         """
-        prescribed = {id(parameter) for router in self.modules() if isinstance(router, Router)
-                      and type(router).reset_parameters is not Router.reset_parameters for parameter in router.parameters()}
+        prescribed = {id(weight) for router in self.modules() if isinstance(router, Router) and router.prescribes_start
+                      for weight in router.parameters()}
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1 and id(parameter) not in prescribed:
                 writes = name.endswith(("out_proj.weight", "down_proj", "down_proj.weight"))

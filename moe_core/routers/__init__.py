@@ -1,53 +1,62 @@
 """Routers: one file, one idea. Each maps tokens (B, N, D) to a ``Routing``; ``build`` makes the one a config names."""
 
-from importlib import import_module
 from inspect import Parameter, signature
 from typing import TYPE_CHECKING
 
+from .balanced_assignment import BalancedAssignmentRouter
 from .base import Router
+from .expert_choice import ExpertChoiceRouter
+from .expert_threshold import ExpertThresholdRouter
+from .gshard import GShardRouter
+from .hash import HashRouter
+from .loss_free import LossFreeRouter
+from .noisy_topk import NoisyTopKRouter
+from .quantile_balancing import QuantileBalancingRouter
+from .relu import ReLURouter
+from .sinkhorn import SinkhornRouter
+from .switch import SwitchRouter
 from .topk import TopKRouter
+from .zero_computation import ZeroComputationRouter
 
 if TYPE_CHECKING:
     from ..config import MoEConfig
 
-# name in MoEConfig.router -> file and class
-ROUTERS = {
-    "topk": ("topk", "TopKRouter"),
-    "noisy_topk": ("noisy_topk", "NoisyTopKRouter"),
-    "switch": ("switch", "SwitchRouter"),
-    "gshard": ("gshard", "GShardRouter"),
-    "loss_free": ("loss_free", "LossFreeRouter"),
-    "hash": ("hash", "HashRouter"),
-    "expert_choice": ("expert_choice", "ExpertChoiceRouter"),
-    "expert_threshold": ("expert_threshold", "ExpertThresholdRouter"),
-    "sinkhorn": ("sinkhorn", "SinkhornRouter"),
-    "base": ("balanced_assignment", "BalancedAssignmentRouter"),
-    "quantile_balancing": ("quantile_balancing", "QuantileBalancingRouter"),
-    "relu": ("relu", "ReLURouter"),
-    "zero_computation": ("zero_computation", "ZeroComputationRouter"),
+# The names that MoEConfig.router may have.
+ROUTERS: dict[str, type[Router]] = {
+    "topk": TopKRouter,
+    "noisy_topk": NoisyTopKRouter,
+    "switch": SwitchRouter,
+    "gshard": GShardRouter,
+    "loss_free": LossFreeRouter,
+    "hash": HashRouter,
+    "expert_choice": ExpertChoiceRouter,
+    "expert_threshold": ExpertThresholdRouter,
+    "sinkhorn": SinkhornRouter,
+    "base": BalancedAssignmentRouter,
+    "quantile_balancing": QuantileBalancingRouter,
+    "relu": ReLURouter,
+    "zero_computation": ZeroComputationRouter,
 }
 
 # Fields of MoEConfig that some routers have no use for -> the value that asks for nothing.
-_SHARED_OPTIONS = {"capacity_factor": None, "norm_topk_prob": True, "aux_loss_weight": 0.0, "z_loss_weight": 0.0, "jitter_noise": 0.0}
+_SHARED_OPTIONS = {"capacity_factor": None, "norm_topk_prob": None, "aux_loss_weight": 0.0, "z_loss_weight": 0.0, "jitter_noise": 0.0}
 _FIELDS = ("d_model", "n_experts", "top_k", "expansion", *_SHARED_OPTIONS)
 
-__all__ = ["ROUTERS", "Router", "TopKRouter", "build"]
-
-
-def router_class(name: str) -> type[Router]:
-    """The class behind a name of ``ROUTERS``."""
-    file, cls = ROUTERS[name]
-    return getattr(import_module(f".{file}", __name__), cls)
+__all__ = [
+    "ROUTERS", "BalancedAssignmentRouter", "ExpertChoiceRouter", "ExpertThresholdRouter", "GShardRouter", "HashRouter", "LossFreeRouter",
+    "NoisyTopKRouter", "QuantileBalancingRouter", "ReLURouter", "Router", "SinkhornRouter", "SwitchRouter", "TopKRouter",
+    "ZeroComputationRouter", "build",
+]
 
 
 def top_k_is_a_mean(name: str) -> bool:
     """True for a router whose tokens may take any number of experts: K is then their mean number, and may be a fraction."""
-    return "expansion" in signature(router_class(name)).parameters
+    return "expansion" in signature(ROUTERS[name]).parameters
 
 
 def shared_defaults(name: str) -> dict:
     """What the fields of MoEConfig that several routers share are for this one, when nobody says anything."""
-    parameters = signature(router_class(name)).parameters
+    parameters = signature(ROUTERS[name]).parameters
     return {field: parameters[field].default if field in parameters else nothing for field, nothing in _SHARED_OPTIONS.items()}
 
 
@@ -61,7 +70,7 @@ def build(config: "MoEConfig") -> Router:
     Raises:
         ValueError: the router has no such option, one it needs is missing, or a value is out of its range.
     """
-    cls = router_class(config.router)
+    cls = ROUTERS[config.router]
     parameters = signature(cls).parameters
     own = [name for name in parameters if name not in _FIELDS]
     for name in config.router_options:

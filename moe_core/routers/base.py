@@ -30,12 +30,14 @@ class Router(nn.Module):
 
     Attributes:
         needs_token_ids: True where forward wants ``token_ids`` (B, N) as a third argument (hash routing).
+        prescribes_start: True where the paper says how the weights start (zero, orthogonal), so that a model leaves them alone.
 
     Raises:
         ValueError: an argument is out of range.
     """
 
     needs_token_ids = False
+    prescribes_start = False
 
     def __init__(self, d_model: int, n_experts: int, *, capacity_factor: float | CapacityRule | None = None,
                  aux_loss_weight: float = 0.0, z_loss_weight: float = 0.0, jitter_noise: float = 0.0):

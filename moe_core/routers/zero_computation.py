@@ -89,13 +89,10 @@ class ZeroComputationRouter(Router):
         weights_BNK = scores_BNE.gather(-1, indices_BNK)  # the bias selects and does nothing else
         if self.norm_topk_prob:
             weights_BNK = weights_BNK / weights_BNK.sum(dim=-1, keepdim=True)
-        routing = self.route(indices_BNK, weights_BNK, logits_BNE, scores_BNE, padding_mask=padding_mask,
-                             normalized=self.norm_topk_prob)
-        if self.aux_loss_weight > 0:  # in the place of the even one
-            routing = routing.with_losses(load_balance=self.aux_loss_weight * self.uneven_balance(routing))
-        return routing
+        return self.route(indices_BNK, weights_BNK, logits_BNE, scores_BNE, padding_mask=padding_mask,
+                          normalized=self.norm_topk_prob)
 
-    def uneven_balance(self, routing: Routing) -> Tensor:
+    def balance_loss(self, routing: Routing) -> Tensor:
         """The balance loss of the formula above, without its coefficient; with tau = 1 it is ``losses.load_balance``."""
         total = self.ffn_ratio * self.n_ffn_experts + self.n_experts - self.n_ffn_experts
         product_E = routing.slot_share() * routing.mean_score()

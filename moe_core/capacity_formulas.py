@@ -9,7 +9,7 @@ from ._validate import at_least, one_of, whole
 
 
 def exact(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    r""":math:`\lceil T K / E \cdot c_f \rceil`, with the decimal you write taken exactly: 10 slots at 1.1 are 11 places.
+    r""":math:`\lceil T K / E \cdot c_f \rceil`, with the decimal you write taken exactly: 100 slots at 1.1 are 110 places.
 
     Source: Fedus et al. 2021 (arXiv 2101.03961), eq. 3, with K as in Megatron-LM.
     """
@@ -17,7 +17,7 @@ def exact(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
 
 
 def megatron(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    """The same in Python floats, as Megatron-LM ``get_capacity`` has it: 10 slots at 1.1 are 12 places, for 10 * 1.1 > 11."""
+    """The same in floats, in which 100 * 1.1 is 110.00000000000001 and needs 111 places. Megatron-LM ``get_capacity``."""
     return math.ceil(n_tokens * top_k / n_experts * factor)
 
 

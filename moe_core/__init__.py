@@ -13,11 +13,18 @@ from .dispatch import DispatchPlan
 from .experts import Experts, FeedForward
 from .layer import MixtureOfExperts
 from .lm import LanguageModel, LMConfig
-from .routers import Router, TopKRouter
+from .routers import (
+    BalancedAssignmentRouter, ExpertChoiceRouter, ExpertThresholdRouter, GShardRouter, HashRouter, LossFreeRouter, NoisyTopKRouter,
+    QuantileBalancingRouter, ReLURouter, Router, SinkhornRouter, SwitchRouter, TopKRouter, ZeroComputationRouter,
+)
 from .routing import DropReason, Routing
+from .soft_moe import SoftMoE
+from .zero_computation import ZeroComputationExperts
 
 __version__ = "0.1.0"
 __all__ = [
-    "CapacityRule", "DispatchPlan", "DropReason", "Experts", "FeedForward", "LMConfig", "LanguageModel", "MixtureOfExperts",
-    "MoEConfig", "Router", "Routing", "TopKRouter", "capacity", "losses", "metrics", "probe",
+    "BalancedAssignmentRouter", "CapacityRule", "DispatchPlan", "DropReason", "ExpertChoiceRouter", "ExpertThresholdRouter",
+    "Experts", "FeedForward", "GShardRouter", "HashRouter", "LMConfig", "LanguageModel", "LossFreeRouter", "MixtureOfExperts",
+    "MoEConfig", "NoisyTopKRouter", "QuantileBalancingRouter", "ReLURouter", "Router", "Routing", "SinkhornRouter", "SoftMoE",
+    "SwitchRouter", "TopKRouter", "ZeroComputationExperts", "ZeroComputationRouter", "capacity", "losses", "metrics", "probe",
 ]

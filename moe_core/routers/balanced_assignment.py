@@ -37,6 +37,8 @@ class BalancedAssignmentRouter(Router):
 
     top_k = 1
 
+    prescribes_start = True
+
     def __init__(self, d_model: int, n_experts: int, *, z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
         super().__init__(d_model, n_experts, z_loss_weight=z_loss_weight, jitter_noise=jitter_noise)
 

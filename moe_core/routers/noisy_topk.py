@@ -38,6 +38,8 @@ class NoisyTopKRouter(Router):
     Source: Shazeer et al. 2017 (arXiv 1701.06538), eq. 3-5 (gating), 6-7 (importance), 8-11 (load), appendix A (zeros).
     """
 
+    prescribes_start = True
+
     def __init__(self, d_model: int, n_experts: int, top_k: int, *, noise_epsilon: float = 1e-2, importance_loss_weight: float = 0.1,
                  load_loss_weight: float = 0.1, capacity_factor: float | CapacityRule | None = None, aux_loss_weight: float = 0.0,
                  z_loss_weight: float = 0.0):

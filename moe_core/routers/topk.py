@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from .. import losses
 from .._validate import at_least, boolean, one_of, top_k_fits, whole
+from ..capacity import CapacityRule
 from ..routing import WEIGHTS_ON, Routing
 from .base import Router
 
@@ -25,7 +26,8 @@ GROUP_SCORES = {
 class TopKRouter(Router):
     r"""Token choice: the K experts with the highest score.
 
-    .. math:: s = \mathrm{score}(h), \quad e_1..e_K = \mathrm{topk}(s + b), \quad w_k = \gamma \, s_{e_k} \Big/ \Big(\sum_j s_{e_j} + \epsilon\Big)
+    .. math:: s = \mathrm{score}(h), \quad e_1..e_K = \mathrm{topk}(s + b),
+        \quad w_k = \gamma \, s_{e_k} \Big/ \Big(\sum_j s_{e_j} + \epsilon\Big)
 
     Args:
         d_model, n_experts, top_k: D, E and K.
@@ -57,7 +59,7 @@ class TopKRouter(Router):
     def __init__(self, d_model: int, n_experts: int, top_k: int, *, score_func: str = "softmax", score_after_topk: bool = False,
                  norm_topk_prob: bool = True, norm_eps: float = 0.0, routed_scaling_factor: float = 1.0, bias: bool = False,
                  expert_bias: bool = False, n_groups: int = 1, topk_groups: int = 1, group_score: str = "max",
-                 weights_on: str = "output", capacity_factor: float | None = None, aux_loss_weight: float = 0.0,
+                 weights_on: str = "output", capacity_factor: float | CapacityRule | None = None, aux_loss_weight: float = 0.0,
                  z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
         top_k_fits(top_k, n_experts)
         one_of(SCORE_FUNCS, score_func=score_func)
@@ -80,7 +82,7 @@ class TopKRouter(Router):
             ValueError: x or padding_mask has the wrong shape.
         """
         logits_BNE = self.logits(x)
-        scores_BNE = SCORE_FUNCS[self.score_func](logits_BNE)
+        scores_BNE = self.scores_of(logits_BNE)
         indices_BNK = self.select(logits_BNE if self.score_after_topk else scores_BNE)
         weights_BNK = self.weigh(logits_BNE, scores_BNE, indices_BNK)
         return self.route(indices_BNK, weights_BNK, logits_BNE, scores_BNE, padding_mask=padding_mask,
@@ -90,6 +92,10 @@ class TopKRouter(Router):
         """(B, N, D) -> (B, N, E) in float32 at least; see ``Router.logits``."""
         logits_BNE = super().logits(x)
         return logits_BNE if self.bias is None else logits_BNE + self.bias.to(logits_BNE.dtype)
+
+    def scores_of(self, logits: Tensor) -> Tensor:
+        """The score function, over the last dimension."""
+        return SCORE_FUNCS[self.score_func](logits)
 
     def select(self, values_BNE: Tensor) -> Tensor:
         """The K best experts of each token, (B, N, K) int64: bias, groups, top-k. A choice has no gradient."""
@@ -103,12 +109,13 @@ class TopKRouter(Router):
     def weigh(self, logits_BNE: Tensor, scores_BNE: Tensor, indices_BNK: Tensor) -> Tensor:
         """The weights (B, N, K) of the chosen experts, from unbiased scores: score, renormalise, scale."""
         if self.score_after_topk:
-            weights_BNK = SCORE_FUNCS[self.score_func](logits_BNE.gather(-1, indices_BNK))
+            weights_BNK = self.scores_of(logits_BNE.gather(-1, indices_BNK))
         else:
             weights_BNK = scores_BNE.gather(-1, indices_BNK)
         if self.norm_topk_prob:
             total_BN1 = weights_BNK.sum(dim=-1, keepdim=True) + self.norm_eps
-            weights_BNK = weights_BNK / total_BN1.clamp(min=torch.finfo(total_BN1.dtype).tiny)  # all scores may underflow: not 0 / 0
+            # all K scores may underflow: not 0 / 0
+            weights_BNK = weights_BNK / total_BN1.clamp(min=torch.finfo(total_BN1.dtype).tiny)
         return weights_BNK * self.routed_scaling_factor
 
     def balance_loss(self, routing: Routing) -> Tensor:
@@ -145,6 +152,8 @@ def groups_fit(n_groups: int, topk_groups: int, group_score: str, n_experts: int
         raise ValueError(f"topk_groups={topk_groups} must be between 1 and n_groups={n_groups}")
     size = n_experts // n_groups
     if top_k > topk_groups * size:
-        raise ValueError(f"top_k={top_k} must be at most {topk_groups * size}, the experts in topk_groups={topk_groups} groups of {size}")
+        raise ValueError(
+            f"top_k={top_k} must be at most {topk_groups * size}, the experts in topk_groups={topk_groups} groups of {size}"
+        )
     if n_groups > 1 and group_score == "top2_sum" and size < 2:
         raise ValueError(f"n_groups={n_groups} leaves {size} expert a group, group_score='top2_sum' needs at least 2")

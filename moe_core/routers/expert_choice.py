@@ -4,7 +4,6 @@ from dataclasses import replace
 from fractions import Fraction
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .._validate import expansion_fits, one_of
@@ -61,16 +60,12 @@ class ExpertChoiceRouter(Router):
             ValueError: x or padding_mask has the wrong shape.
         """
         logits_BNE = self.logits(x)
-        # Ranked by log scores: they have the order of the scores, and do not tie where a score saturates at 0 or 1.
-        if self.score_func == "softmax":
-            scores_BNE, ranked_by_BNE = logits_BNE.softmax(-1), F.log_softmax(logits_BNE, dim=-1)
-        else:
-            scores_BNE, ranked_by_BNE = logits_BNE.sigmoid(), logits_BNE
+        scores_BNE = logits_BNE.softmax(-1) if self.score_func == "softmax" else logits_BNE.sigmoid()
         B, N, E = logits_BNE.shape
         pools, size = (1, B * N) if self.scope == "batch" else (B, N)
         real_PS = count_real(x, padding_mask).view(pools, size)
         chosen_BNE = take_best(
-            ranked_by_BNE.view(pools, size, E), real_PS, ceil_share(real_PS.sum(-1, keepdim=True), self.share).expand(-1, E)
+            scores_BNE.view(pools, size, E), real_PS, ceil_share(real_PS.sum(-1, keepdim=True), self.share).expand(-1, E)
         ).view(B, N, E)
         routing = self.route(self.every_expert(x), scores_BNE, logits_BNE, scores_BNE, padding_mask=padding_mask,
                              selected_BNK=chosen_BNE, apply_capacity=False)

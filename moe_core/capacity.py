@@ -102,6 +102,8 @@ class CapacityRule:
             whole(0, expert_capacity=self.expert_capacity)
             if self.factor is not None or self.eval_factor not in (None, "as in training"):
                 raise ValueError(f"give either expert_capacity={self.expert_capacity} or a factor, not both")
+            if self.formula != "exact" or self.min_capacity is not None:
+                raise ValueError(f"expert_capacity={self.expert_capacity} is not computed: formula and min_capacity have no use")
 
     @classmethod
     def of(cls, capacity_factor: "float | dict | CapacityRule | None") -> "CapacityRule":

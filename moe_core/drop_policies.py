@@ -32,7 +32,8 @@ def slot_position(routing: Routing) -> Tensor:
 def score(routing: Routing) -> Tensor:
     """The highest combine weight first; ties in the order of the batch. Looks at tokens that come later.
 
-    Only slots that queue are compared with each other, so the sign of the weights does not matter. Source: "probs" in
+    Only slots that queue are compared with each other, so the sign of the weights does not matter. With one renormalised
+    expert per token all weights are 1, and position decides. Source: "probs" in
     Megatron-LM and DeepSpeed; Riquelme et al. 2021 (V-MoE, arXiv 2106.05974), section 4, rank whole tokens so.
     """
     return torch.argsort(routing.expert_weights.detach().flatten(), descending=True, stable=True)

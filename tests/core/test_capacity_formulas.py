@@ -63,6 +63,7 @@ def test_a_floor_of_ones_own_replaces_the_librarys(name):
 def test_factor_zero_is_no_place_or_the_largest_load(name):
     if name in ("tutel", "megablocks"):
         assert expert_capacity(100, 2, 8, 0, formula=name, largest_load=37) == 37
+        assert expert_capacity(100, 2, 8, 0, formula=name, largest_load=2, min_capacity=5) == 5
         with pytest.raises(ValueError, match=f"capacity_factor=0 means the largest load with formula='{name}': give largest_load"):
             expert_capacity(100, 2, 8, 0, formula=name)
     else:

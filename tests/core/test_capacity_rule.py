@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from hypothesis import given
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_core import CapacityRule, MixtureOfExperts, MoEConfig, TopKRouter, capacity
+from moe_core import CapacityRule, MixtureOfExperts, MoEConfig, TopKRouter, capacity, metrics
+from moe_core.capacity import DROP_POLICIES
 
 from .helpers import Case, cases, config, fast, randn, routing_of, seeded
 
@@ -53,6 +55,8 @@ def test_a_random_policy_is_random_in_training_and_by_position_in_eval():
     ({"expert_capacity": 1.5}, "expert_capacity=1.5 must be a whole number"),
     ({"expert_capacity": 4, "factor": 1.0}, "give either expert_capacity=4 or a factor, not both"),
     ({"expert_capacity": 4, "eval_factor": 1.0}, "give either expert_capacity=4 or a factor, not both"),
+    ({"expert_capacity": 4, "formula": "tutel"}, "expert_capacity=4 is not computed: formula and min_capacity have no use"),
+    ({"expert_capacity": 4, "min_capacity": 1}, "expert_capacity=4 is not computed"),
     ({"min_capacity": -1}, "min_capacity=-1 must be a whole number"),
     ({"formula": "mine"}, "formula='mine' must be one of"),
     ({"scope": "world"}, "scope='world' must be one of"),
@@ -120,6 +124,21 @@ def test_the_overflow_keeps_the_dtype_of_the_layer(dtype):
     rule = CapacityRule(factor=0.5, overflow="shared")
     moe = seeded(MixtureOfExperts, config(capacity_factor=rule, n_shared_experts=1)).to(dtype)
     assert moe(randn(2, 5, 8, dtype=dtype))[0].dtype == dtype
+
+
+@pytest.mark.parametrize("policy", DROP_POLICIES)
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_no_value_is_read_on_the_way(policy, scope):
+    """Under FakeTensorMode reading a value raises, as it would stall a GPU."""
+    with FakeTensorMode():
+        router = TopKRouter(8, 4, 2, capacity_factor=CapacityRule(factor=0.5, drop_policy=policy, scope=scope, overflow="shared"))
+        routing = router(torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.bool))
+        routing.overflow_weight.sum().backward()
+        for measure in (metrics.max_violation, metrics.coefficient_of_variation, metrics.router_entropy, metrics.load_entropy,
+                        metrics.drop_rate, metrics.dead_experts, lambda routing: metrics.route_flips(routing, routing, kept=True)):
+            measure(routing)
+        with pytest.raises(Exception, match="aten._local_scalar_dense|data-dependent|DataDependent"):
+            routing.drop_rate.item()  # the instrument works
 
 
 @fast

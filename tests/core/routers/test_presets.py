@@ -52,7 +52,7 @@ def test_the_table_has_a_row_for_every_preset_and_tells_all_but_twins_apart():
     rows = {row["name"]: row["facts"] for row in differences()}
     assert list(rows) == list(PRESETS)
     told_apart = {tuple(vars(replace(facts, top_k=0, least=0.0, most=0.0)).items()) for facts in rows.values()}
-    # softmax, renormalised or scored after: gshard, mixtral, qwen3_moe, granite; not: switch, olmoe, qwen2_moe; and five of their own
+    # softmax whose weights sum to 1: gshard, mixtral, qwen3_moe, granite; or not: switch, olmoe, qwen2_moe; and five of their own
     assert len(told_apart) == 2 + 5
 
 
@@ -68,7 +68,8 @@ def test_the_measured_facts_are_those_of_the_papers():
 @pytest.mark.parametrize("changes, fact, value", [
     ({"bias": True, "expert_bias": True}, "bias", "both"), ({"score_func": "sqrt_softplus"}, "score_func", "sqrt_softplus"),
     ({"n_groups": 4, "topk_groups": 2}, "groups", "best 2 of 4 by max"), ({"top_k": 3}, "top_k", 3),
-    ({"routed_scaling_factor": 3.0, "norm_topk_prob": False}, "scale", pytest.approx(3.0)), ({"norm_topk_prob": False}, "sees_unchosen", True),
+    ({"routed_scaling_factor": 3.0, "norm_topk_prob": False}, "scale", pytest.approx(3.0)),
+    ({"norm_topk_prob": False}, "sees_unchosen", True),
 ])
 def test_a_changed_option_is_found_by_the_experiment(changes, fact, value):
     options = {"d_model": 64, "n_experts": 64, "top_k": 8}

@@ -44,7 +44,8 @@ def options(draw):
     topk_groups = draw(st.integers(1, n_groups))
     after = draw(st.booleans())
     return {
-        "n_experts": n_groups * size, "top_k": draw(st.integers(1, topk_groups * size)), "n_groups": n_groups, "topk_groups": topk_groups,
+        "n_experts": n_groups * size, "top_k": draw(st.integers(1, topk_groups * size)),
+        "n_groups": n_groups, "topk_groups": topk_groups,
         "group_score": draw(st.sampled_from(["max", "top2_sum"])), "score_func": draw(st.sampled_from(list(SCORE_FUNCS))),
         "score_after_topk": after, "norm_topk_prob": draw(st.booleans()), "norm_eps": draw(st.sampled_from([0.0, 1e-20])),
         "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])), "bias": draw(st.booleans()), "expert_bias": draw(st.booleans()),
@@ -158,6 +159,15 @@ def test_weights_of_scores_that_all_underflow_are_finite(score_func, norm_eps):
     weights = r(ONE).check().expert_weights
     weights.sum().backward()
     assert (weights >= 0).all() and (weights <= 1).all() and r.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("changes", [{"expert_bias": True}, {"norm_eps": 0.5}])
+def test_a_sum_of_one_is_not_promised_where_it_may_fail(changes):
+    r = router([1e4, 0.0, 0.0], **changes)
+    if r.expert_bias is not None:
+        r.expert_bias.copy_(torch.tensor([0.0, 5.0, 5.0]))  # selects the two whose probability is 0
+    routing = r(ONE).check()
+    assert routing.expert_weights.sum() < 0.9 and not routing.normalized
 
 
 # The two biases

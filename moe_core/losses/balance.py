@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .._validate import top_k_fits
 from ..routing import Routing
 
 
@@ -77,9 +78,15 @@ def sequence_balance(routing: Routing, *, top_k: int | None = None) -> Tensor:
     Returns:
         Scalar, the mean over sequences that have a real token; 1 at perfect balance.
 
+    Raises:
+        ValueError: top_k is not between 1 and E.
+
     Source: DeepSeek-AI 2024 (arXiv 2412.19437), eq. 17-20.
     """
-    indices_BNK = routing.scores.detach().topk(top_k or routing.top_k, dim=-1).indices
+    if top_k is None:
+        top_k = routing.top_k
+    top_k_fits(top_k, routing.n_experts)
+    indices_BNK = routing.scores.detach().topk(top_k, dim=-1).indices
     chosen_BNE = torch.zeros_like(routing.scores).scatter(-1, indices_BNK, 1) * routing.real_tokens.unsqueeze(-1)
     count_BE = chosen_BNE.sum(1)
     share_BE = count_BE / count_BE.sum(-1, keepdim=True).clamp(min=1)

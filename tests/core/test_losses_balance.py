@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_core import DropReason, TopKRouter, losses
 
@@ -95,6 +96,13 @@ def test_each_form_is_finite_and_differentiable_whatever_the_routing(case):
         loss.backward(retain_graph=True)
         assert loss.isfinite() and router.weight.grad.isfinite().all()
         assert loss <= case.E + 1e-4
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_form_waits_for_the_device(form):
+    with FakeTensorMode():  # any read of a value raises here
+        routing = TopKRouter(8, 4, 2)(torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool))
+        FORMS[form](routing).backward()
 
 
 # One by one
@@ -207,6 +215,7 @@ def test_a_token_with_two_experts_on_a_device_is_sent_there_once():
 
 
 @pytest.mark.parametrize(("call", "message"), [
+    (lambda r: losses.sequence_balance(r, top_k=5), "top_k=5 must be between 1 and n_experts=4"),
     (lambda r: losses.device_balance(r, 3), "n_devices=3 must divide n_experts=4"),
     (lambda r: losses.device_balance(r, 0), "n_devices=0 must be a whole number, at least 1"),
     (lambda r: losses.device_balance(r, 2, scope="token"), "scope='token' must be one of"),

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_core import TopKRouter, losses
+from moe_core import LanguageModel, LMConfig, TopKRouter, losses
 
-from .helpers import fast, randn, routing_of, seeded
+from .helpers import config, fast, randn, routing_of, seeded
 
 
 def router():
@@ -64,6 +64,20 @@ def test_gradients_can_be_accumulated_one_micro_batch_after_the_other_once_the_s
     for part in X.split(2):
         (losses.load_balance(r(part), share=share) / 4).backward()
     assert torch.allclose(r.weight.grad, BIG[1], atol=1e-12)
+
+
+def test_a_trainer_of_a_language_model_gets_the_big_batch_for_every_layer():
+    moe = config(aux_loss_weight=0.0)
+    model = seeded(LanguageModel, LMConfig(vocab_size=16, d_model=8, n_layers=2, n_heads=2, max_seq_len=6, moe=moe)).double()
+    tokens = torch.randint(16, (4, 6), generator=torch.Generator().manual_seed(0))
+    routings = [model(part)[1] for part in tokens.split(1)]  # [micro-batch][layer]
+    shares = [losses.global_share(layer) for layer in zip(*routings)]
+    cut = sum(losses.load_balance(r, share=f) for micro in routings for r, f in zip(micro, shares)) / len(routings)
+    whole = sum(losses.load_balance(r) for r in model(tokens)[1])
+    assert cut.item() == pytest.approx(whole.item(), rel=1e-12)
+    parameters = [block.feed_forward.router.weight for block in model.blocks] + [model.embedding.weight]
+    for a, b in zip(torch.autograd.grad(cut, parameters), torch.autograd.grad(whole, parameters)):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-12) and b.abs().max() > 0
 
 
 def test_averaging_the_losses_of_micro_batches_is_something_else():

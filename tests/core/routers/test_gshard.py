@@ -77,13 +77,18 @@ def test_a_second_expert_not_asked_adds_exactly_nothing():
 
 
 def test_first_choices_queue_before_all_second_ones():
-    router = GShardRouter(2, 2, random_second_expert=False, capacity_factor=1.0)
+    router = GShardRouter(2, 2, random_second_expert=False, capacity_factor=0.75)  # 3 places
     with torch.no_grad():
         router.weight.copy_(torch.eye(2))
     x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]])  # first choices 0, 1, 1, 1; second 1, 0, 0, 0
-    router.capacity_rule = CapacityRule(expert_capacity=3, drop_policy="slot_position")
     kept = router(x).check().capacity_mask[0].tolist()
     assert kept == [[True, False], [True, True], [True, True], [True, False]]
+
+
+def test_a_rule_for_capacity_is_taken_as_it_is():
+    router = GShardRouter(2, 2, capacity_factor=CapacityRule(factor=2.0, drop_policy="score"))
+    assert router.capacity_rule == CapacityRule(factor=2.0, drop_policy="score")
+    assert GShardRouter(2, 2, capacity_factor=None)(randn(1, 3, 2)).capacity is None
 
 
 def test_a_slot_not_asked_takes_no_place():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_core import DropReason
-from moe_core.routers.expert_choice import ExpertChoiceRouter
+from moe_core.routers.expert_choice import ExpertChoiceRouter, take_best
 
 from ..helpers import cases, fast, randn, seeded
 
@@ -81,6 +81,12 @@ def test_expansion_equal_to_n_experts_takes_every_token():
 def test_ties_go_to_the_earlier_token():
     r, x = with_logits([[0, 0]] * 5)
     assert r(x).capacity_mask[0].all(-1).tolist() == [True, True, True, False, False]  # c = ceil(5 / 2)
+
+
+def test_who_is_asked_for_more_tokens_than_there_are_takes_the_real_ones_only():
+    real = torch.tensor([[True, False, True]])
+    taken = take_best(torch.tensor([[[-9.0, 1], [9, 9], [0, 0]]]), real, torch.tensor([[3, 1]]))
+    assert taken[0].tolist() == [[True, True], [False, False], [True, False]]
 
 
 # It is not causal

@@ -118,6 +118,8 @@ def test_padding_flips_nothing():
     after = routing_of([[[1], [1]]], 2, reasons=[[[0], [2]]], padding_mask=mask)
     assert flipped_tokens(before, after).tolist() == [[True, False]] and route_flips(before, after) == 1
     assert route_flips(EMPTY, EMPTY) == 0
+    all_real = routing_of([[[0], [0]]], 2)  # the second token is real here and padding there: it cannot be compared
+    assert flipped_tokens(before, all_real).tolist() == [[False, False]] and route_flips(before, all_real) == 0
 
 
 def test_routings_of_other_tokens_cannot_be_compared():

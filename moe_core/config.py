@@ -17,8 +17,8 @@ class MoEConfig:
     """An MoE layer in numbers.
 
     Attributes:
-        d_model, d_ff, n_experts, top_k: D, F (of one expert), E and K. Where a token may take any number of experts (expert choice,
-            threshold, ReLU), K is their mean number, the router's ``expansion``, and may be a fraction.
+        d_model, d_ff, n_experts, top_k: D, F (of one expert), E and K. Where a token may take any number of experts (expert
+            choice, threshold, ReLU), K is their mean number, the router's ``expansion``, and may be a fraction.
         capacity_factor: places per slot at perfect balance; None means dropless. Or a ``CapacityRule``.
         router: the name of the router, one of ``moe_core.routers.ROUTERS``.
         norm_topk_prob: renormalise the weights of the K chosen experts so that they sum to 1; None where the router decides.
@@ -28,9 +28,9 @@ class MoEConfig:
         activation, glu, drop_path, backend: see ``Experts``.
         router_options: what only this router knows, name -> plain value, as in its class. The router is built once to check them.
 
-    capacity_factor, norm_topk_prob, aux_loss_weight, z_loss_weight and jitter_noise belong to the routers that have such an argument.
-    "default" stands for the value that the router's class has (for "topk": None, True, 0, 0, 0) and is replaced by it at once, so that
-    a config always says what is done. A router without the argument has None, None, 0, 0, 0 and refuses everything else.
+    capacity_factor, norm_topk_prob, aux_loss_weight, z_loss_weight and jitter_noise belong to the routers that have such an
+    argument. "default" stands for the value that the router's class has (for "topk": None, True, 0, 0, 0) and is replaced by it at
+    once, so that a config always says what is done. A router without the argument has None, None, 0, 0, 0 and refuses all else.
 
     Raises:
         ValueError: a value is out of its range, or the router cannot use it; the message names the argument, the value and the range.

@@ -15,7 +15,7 @@ class MixtureOfExperts(nn.Module):
 
     .. math:: y_t = \sum_{k} w_{t,k} \, f_{e_{t,k}}(x_t) \; [+ (1 + w^{over}_t) f_{shared}(x_t)]
 
-    w^over is the weight of the token's slots over capacity where the ``CapacityRule`` hands it to the shared expert, and 0 elsewhere.
+    w^over is the weight of the token's slots over capacity where the ``CapacityRule`` hands it to the shared expert, else 0.
 
     Args:
         config: an ``MoEConfig``.

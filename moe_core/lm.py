@@ -56,8 +56,8 @@ class LMConfig:
     def dense_twin(self) -> "LMConfig":
         """The dense model whose feed-forward layer costs what a token's experts cost: F_dense = (K + shared) * F.
 
-        What an MoE layer multiplies beyond that, per token: D*E in the router, and K*D to weight and add the experts' outputs. Experts
-        without computation count like the others: K is then the most that a token may cost.
+        What an MoE layer multiplies beyond that, per token: D*E in the router, and K*D to weight and add the experts' outputs.
+        Experts without computation count like the others: K is then the most that a token may cost.
 
         Raises:
             ValueError: the model is dense already.
@@ -65,7 +65,8 @@ class LMConfig:
         if self.moe is None:
             raise ValueError("moe=None: the model is dense already")
         moe = self.moe
-        return replace(self, moe=None, d_ff=round((moe.top_k + moe.n_shared_experts) * moe.d_ff), activation=moe.activation, glu=moe.glu)
+        d_ff = round((moe.top_k + moe.n_shared_experts) * moe.d_ff)  # a mean K may be a fraction
+        return replace(self, moe=None, d_ff=d_ff, activation=moe.activation, glu=moe.glu)
 
     def to_dict(self) -> dict:
         """Plain values only, ready for JSON."""

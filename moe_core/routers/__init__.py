@@ -39,13 +39,15 @@ ROUTERS: dict[str, type[Router]] = {
 }
 
 # Fields of MoEConfig that some routers have no use for -> the value that asks for nothing.
-_SHARED_OPTIONS = {"capacity_factor": None, "norm_topk_prob": None, "aux_loss_weight": 0.0, "z_loss_weight": 0.0, "jitter_noise": 0.0}
+_SHARED_OPTIONS = {
+    "capacity_factor": None, "norm_topk_prob": None, "aux_loss_weight": 0.0, "z_loss_weight": 0.0, "jitter_noise": 0.0,
+}
 _FIELDS = ("d_model", "n_experts", "top_k", "expansion", *_SHARED_OPTIONS)
 
 __all__ = [
-    "ROUTERS", "BalancedAssignmentRouter", "ExpertChoiceRouter", "ExpertThresholdRouter", "GShardRouter", "HashRouter", "LossFreeRouter",
-    "NoisyTopKRouter", "QuantileBalancingRouter", "ReLURouter", "Router", "SinkhornRouter", "SwitchRouter", "TopKRouter",
-    "ZeroComputationRouter", "build",
+    "ROUTERS", "BalancedAssignmentRouter", "ExpertChoiceRouter", "ExpertThresholdRouter", "GShardRouter", "HashRouter",
+    "LossFreeRouter", "NoisyTopKRouter", "QuantileBalancingRouter", "ReLURouter", "Router", "SinkhornRouter", "SwitchRouter",
+    "TopKRouter", "ZeroComputationRouter", "build",
 ]
 
 

@@ -33,7 +33,7 @@ class ZeroComputationRouter(Router):
         d_model, n_experts, top_k: D, E (the feed-forward experts) and K <= E + Z.
         n_zero_experts, n_copy_experts, n_constant_experts: Z in three parts, at least one in all.
         norm_topk_prob: divide by the sum over the K chosen; LongCat-Flash does not.
-        ffn_ratio: tau, slots of a feed-forward expert for each slot of a cheap one where the balance loss is content; MoE++ takes 0.75.
+        ffn_ratio: tau, slots of a feed-forward expert for each slot of a cheap one where the balance loss is content.
         bias_update_rate: mu; 0 leaves the bias at 0.
         mean_ffn_experts: K_e, feed-forward experts per token that the bias steers to; to be given exactly when mu > 0.
         aux_loss_weight: coefficient of the balance loss above. z_loss_weight, jitter_noise: see ``Router``.
@@ -44,8 +44,8 @@ class ZeroComputationRouter(Router):
     Raises:
         ValueError: an argument is out of range.
 
-    Source: Jin et al. 2024 (MoE++, arXiv 2410.07348), without its gating residual, which hands logits from layer to layer; LongCat-Flash
-    (arXiv 2509.01322): all of Z are copies, and the bias.
+    Source: Jin et al. 2024 (MoE++, arXiv 2410.07348), without its gating residual, which hands logits from layer to layer;
+    LongCat-Flash (arXiv 2509.01322), where all of Z are copies, for the bias.
     """
 
     def __init__(self, d_model: int, n_experts: int, top_k: int, *, n_zero_experts: int = 1, n_copy_experts: int = 1,

@@ -124,7 +124,8 @@ def with_bias(**options) -> ZeroComputationRouter:
 def test_a_bias_update_of_a_case_by_hand():
     router = with_bias(n_constant_experts=0)
     routing = routing_of([[[0, 1], [0, 3]], [[0, 4], [2, 1]]], 5,
-                         reasons=[[[0, 0], [0, 0]], [[0, 0], [DropReason.PADDING] * 2]], padding_mask=torch.tensor([[True, True], [True, False]]))
+                         reasons=[[[0, 0], [0, 0]], [[0, 0], [DropReason.PADDING] * 2]],
+                         padding_mask=torch.tensor([[True, True], [True, False]]))
     router.update([routing])
     # 6 slots: 3, 1, 0 to the feed-forward experts; each should have 1.5 / (2 * 3) = 1/4 of them
     assert torch.allclose(router.expert_bias, 0.1 * torch.tensor([1 / 4 - 3 / 6, 1 / 4 - 1 / 6, 1 / 4, 0, 0]))

@@ -104,6 +104,21 @@ def test_noise_in_training_is_not_taken_for_dependence_and_the_generator_is_left
     assert torch.equal(torch.get_rng_state(), state) and router.training
 
 
+def test_another_expert_is_a_dependence_however_little_the_output_moves():
+    found = probe(topk(factor=1.0, drop_policy="score"), ONE, tolerance=100)
+    assert found.later_tokens.depends and found.later_tokens.max_change < 100
+
+
+def test_the_answer_does_not_depend_on_the_state_of_the_generator():
+    router = topk(factor=1.0, drop_policy="random").train()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        first = probe(router, X)
+        torch.manual_seed(2)
+        assert probe(router, X) == first
+    assert probe(router, X, seed=1) != first
+
+
 def test_the_module_and_the_input_are_left_as_they_were():
     router, x = topk(factor=0.5), X.clone()
     before = {name: value.clone() for name, value in router.state_dict().items()}

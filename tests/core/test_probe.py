@@ -132,6 +132,16 @@ def test_what_the_input_is_too_small_for_is_not_answered():
     assert answers(topk(), X[:, :1]) == dict.fromkeys(QUESTIONS) | {"other_sequences": False, "n_sequences": False}
 
 
+@pytest.mark.parametrize(("question", "lost"), [
+    ("later_tokens", {"causal", "streams"}), ("earlier_tokens", set()), ("other_sequences", {"batch_invariant"}),
+    ("n_later_tokens", {"streams"}), ("n_sequences", {"batch_invariant"}),
+])
+def test_each_dependence_costs_its_property(question, lost):
+    yes, no = Effect(0.5, 0.25, True), Effect(0.0, 0.0, False)
+    found = Dependence(**{name: yes if name == question else no for name in QUESTIONS})
+    assert {name for name in ("causal", "batch_invariant", "streams") if not getattr(found, name)} == lost
+
+
 def test_the_answer_reads_well():
     yes, no = Effect(0.5, 0.25, True), Effect(0.0, 0.0, False)
     lines = repr(Dependence(no, yes, None, no, yes)).splitlines()

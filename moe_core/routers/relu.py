@@ -33,8 +33,7 @@ class ReLURouter(Router):
         z_loss_weight, jitter_noise: see ``Router``.
 
     Attributes:
-        l1_coefficient: lambda now, a float32 buffer. Each router has its own, since it sees its own routings only; ReMoE's code has
-            one for all layers, driven by their mean sparsity.
+        l1_coefficient: lambda now, a float32 buffer. Each router has its own, since it sees its own routings only.
 
     Raises:
         ValueError: an argument is out of range.

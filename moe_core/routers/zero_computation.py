@@ -20,7 +20,8 @@ class ZeroComputationRouter(Router):
     The routing is over E + Z experts, in the order feed-forward, zero, copy, constant; what they compute stands in
     ``moe_core.zero_computation``. There is no capacity.
 
-    Two ways to steer how much is computed. The balance loss of MoE++ with its tau, here scaled to be 1 at the loads it asks for:
+    Two ways to steer how much is computed. A balance loss with a ratio tau between the two kinds, the idea of MoE++; this form,
+    which is 1 at the loads it asks for, is ours:
 
     .. math:: L = \sum_e \frac{f_e P_e}{\pi_e}, \quad \pi_e \propto \tau \text{ (feed-forward)}, \; 1 \text{ (the others)}
 
@@ -45,7 +46,7 @@ class ZeroComputationRouter(Router):
         ValueError: an argument is out of range.
 
     Source: Jin et al. 2024 (MoE++, arXiv 2410.07348), without its gating residual, which hands logits from layer to layer;
-    LongCat-Flash (arXiv 2509.01322), where all of Z are copies, for the bias.
+    LongCat-Flash (arXiv 2509.01322), where all of Z are copies, for the bias (its formula from an account of the paper).
     """
 
     def __init__(self, d_model: int, n_experts: int, top_k: int, *, n_zero_experts: int = 1, n_copy_experts: int = 1,

@@ -6,17 +6,25 @@ Dimension letters, everywhere: B batch, N tokens per sequence, T = B*N, D d_mode
 C capacity, A kept assignments. A local tensor carries its dims as a suffix: ``scores_BNE``, ``rows_AD``.
 """
 
-from . import capacity, losses
+from . import capacity, losses, metrics, probe
+from .capacity import CapacityRule
 from .config import MoEConfig
 from .dispatch import DispatchPlan
 from .experts import Experts, FeedForward
 from .layer import MixtureOfExperts
 from .lm import LanguageModel, LMConfig
-from .routers import Router, TopKRouter
+from .routers import (
+    BalancedAssignmentRouter, ExpertChoiceRouter, ExpertThresholdRouter, GShardRouter, HashRouter, LossFreeRouter, NoisyTopKRouter,
+    QuantileBalancingRouter, ReLURouter, Router, SinkhornRouter, SwitchRouter, TopKRouter, ZeroComputationRouter,
+)
 from .routing import DropReason, Routing
+from .soft_moe import SoftMoE
+from .zero_computation import ZeroComputationExperts
 
 __version__ = "0.1.0"
 __all__ = [
-    "DispatchPlan", "DropReason", "Experts", "FeedForward", "LMConfig", "LanguageModel", "MixtureOfExperts", "MoEConfig",
-    "Router", "Routing", "TopKRouter", "capacity", "losses",
+    "BalancedAssignmentRouter", "CapacityRule", "DispatchPlan", "DropReason", "ExpertChoiceRouter", "ExpertThresholdRouter",
+    "Experts", "FeedForward", "GShardRouter", "HashRouter", "LMConfig", "LanguageModel", "LossFreeRouter", "MixtureOfExperts",
+    "MoEConfig", "NoisyTopKRouter", "QuantileBalancingRouter", "ReLURouter", "Router", "Routing", "SinkhornRouter", "SoftMoE",
+    "SwitchRouter", "TopKRouter", "ZeroComputationExperts", "ZeroComputationRouter", "capacity", "losses", "metrics", "probe",
 ]

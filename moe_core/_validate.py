@@ -41,3 +41,10 @@ def top_k_fits(top_k: int, n_experts: int) -> None:
     whole(1, n_experts=n_experts)
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= n_experts:
         raise ValueError(f"top_k={top_k!r} must be between 1 and n_experts={n_experts}")
+
+
+def expansion_fits(expansion: float, n_experts: int) -> None:
+    """Raise ValueError unless 0 < expansion <= n_experts: the mean number of experts per token, not always a whole one."""
+    whole(1, n_experts=n_experts)
+    if isinstance(expansion, bool) or not isinstance(expansion, (int, float)) or not 0 < expansion <= n_experts:
+        raise ValueError(f"expansion={expansion!r} must be above 0 and at most n_experts={n_experts}")

@@ -1,76 +1,137 @@
-"""Capacity: how many slots an expert may keep, and who is turned away."""
+"""Capacity: how many slots an expert may keep, who is turned away, and what becomes of them."""
 
-import math
-from dataclasses import replace
-from fractions import Fraction
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, fields, replace
 
 from ._validate import at_least, one_of, whole
+from .capacity_formulas import FORMULAS, expert_capacity, needs_largest_load
+from .drop_policies import DROP_POLICIES, queue_places
 from .routing import DropReason, Routing
 
-DROP_POLICIES = ("position",)
+__all__ = ["DROP_POLICIES", "FORMULAS", "OVERFLOWS", "CapacityRule", "apply", "expert_capacity", "queue_places"]
+
+OVERFLOWS = ("drop", "shared")
 
 
-def expert_capacity(n_tokens: int, top_k: int, n_experts: int, capacity_factor: float) -> int:
-    r"""The number of places in front of each expert.
-
-    .. math:: C = \Big\lceil \frac{T K}{E}\, c_f \Big\rceil
-
-    Args:
-        n_tokens: T = B*N, padding included: shapes alone decide C, no tensor is read.
-        capacity_factor: c_f; at 1 there are as many places as slots. The decimal you write is taken exactly, so that
-            10 slots at 1.1 are 11 places and not 12 (1.1 as a float is a little more than 1.1).
-
-    Raises:
-        ValueError: a count is not a whole number, or capacity_factor is negative or not finite.
-
-    Source: Fedus et al. 2021 (arXiv 2101.03961), eq. 3, with K as in Megatron-LM.
-    """
-    whole(0, n_tokens=n_tokens)
-    whole(1, top_k=top_k, n_experts=n_experts)
-    at_least(0, capacity_factor=capacity_factor)
-    return math.ceil(Fraction(n_tokens * top_k, n_experts) * Fraction(str(capacity_factor)))
-
-
-def apply(routing: Routing, *, capacity_factor: float, drop_policy: str = "position") -> Routing:
+def apply(routing: Routing, *, capacity_factor: float = 1.0, expert_capacity: int | None = None, formula: str = "exact",
+          min_capacity: int | None = None, scope: str = "batch", drop_policy: str = "position",
+          overflow: str = "drop") -> Routing:
     """Drop the slots for which there is no room; they keep their index and weight, with the reason OVER_CAPACITY.
 
     Args:
         routing: as a router made it; slots that are not kept already do not queue.
-        capacity_factor: see ``expert_capacity``.
-        drop_policy: who is turned away. "position": first come, first served, token after token in the order of the
-            batch and, within a token, slot after slot. A slot's fate depends only on slots before it.
+        capacity_factor, formula, min_capacity: see ``moe_core.capacity.expert_capacity``; K is the number of slots, so E for
+            routers with K = E slots. Tutel's and MegaBlocks' factor 0 reads the loads, so that a GPU has to be waited for;
+            everything else is known from shapes.
+        expert_capacity: this many places, whatever the shapes; the factor and the formula are then not used.
+        scope: "batch": one queue per expert and C from B*N tokens; "sequence": every sequence has its own queues, and C
+            is counted from its N tokens.
+        drop_policy: who is turned away, a name in ``DROP_POLICIES``.
+        overflow: "drop": a dropped slot adds nothing. "shared": its weight goes to the shared expert, see
+            ``Routing.overflow_weight``.
 
     Raises:
-        ValueError: drop_policy is unknown or capacity_factor negative.
+        ValueError: a name is unknown or a number out of range.
     """
-    one_of(DROP_POLICIES, drop_policy=drop_policy)
-    B, N, K = routing.expert_indices.shape
-    capacity = expert_capacity(B * N, K, routing.n_experts, capacity_factor)
-    place_BNK = queue_places(routing)
-    over_BNK = routing.capacity_mask & (place_BNK >= capacity)
+    one_of(OVERFLOWS, overflow=overflow)
+    capacity = expert_capacity
+    if capacity is None:
+        capacity = _places(routing, capacity_factor, formula, min_capacity, scope)
+    whole(0, expert_capacity=capacity)
+    over_BNK = routing.capacity_mask & (queue_places(routing, drop_policy, scope) >= capacity)
     return replace(
         routing,
         capacity=capacity,
+        capacity_scope=scope,
+        overflow=overflow,
         dropless=False,
         capacity_mask=routing.capacity_mask & ~over_BNK,
         drop_reason=routing.drop_reason.masked_fill(over_BNK, DropReason.OVER_CAPACITY),
     )
 
 
-def queue_places(routing: Routing) -> Tensor:
-    """(B, N, K) int64: how many kept slots stand before this one in its expert's queue, first come first served.
+def _places(routing: Routing, capacity_factor: float, formula: str, min_capacity: int | None, scope: str) -> int:
+    B, N, K = routing.expert_indices.shape
+    load = None
+    if needs_largest_load(formula, capacity_factor):
+        loads = routing.slots_per_expert(scope)
+        load = int(loads.max()) if loads.numel() else 0
+    return expert_capacity(N if scope == "sequence" else B * N, K, routing.n_experts, capacity_factor, formula=formula,
+                           min_capacity=min_capacity, largest_load=load)
 
-    A stable sort by expert lines the queues up one after the other; the place is the distance to the queue's start.
-    It needs (T*K,) memory, where the one-hot running count of the textbooks needs (T*K, E).
+
+@dataclass(frozen=True)
+class CapacityRule:
+    """All that can be said about capacity; give it to a router or a config in place of the number ``capacity_factor``.
+
+    Attributes:
+        factor: places per slot at perfect balance, in training. None: dropless.
+        eval_factor: the same in eval; "as in training", or None: dropless.
+        expert_capacity: a fixed number of places instead of any factor, in training and in eval (unless eval_factor=None).
+        formula, min_capacity, scope, drop_policy, overflow: see ``apply``. With drop_policy="random" eval falls back to
+            "position": a model in eval gives the same answer twice.
+
+    Raises:
+        ValueError: a name is unknown, a number out of range, or a number is given twice.
+
+    Source of the two factors: Fedus et al. 2021, 1.25 in training and 2 in eval.
     """
-    E, mask = routing.n_experts, routing.capacity_mask.flatten()
-    queue = torch.where(mask, routing.expert_indices.flatten(), E)  # slots already out wait in a queue of their own
-    order = torch.argsort(queue, stable=True)
-    length = torch.zeros(E + 1, dtype=torch.int64, device=queue.device).scatter_add_(0, queue, torch.ones_like(queue))
-    start = length.cumsum(0) - length
-    place = torch.empty_like(queue)
-    place[order] = torch.arange(len(queue), device=queue.device) - start[queue[order]]
-    return place.view(routing.expert_indices.shape)
+
+    factor: float | None = None
+    eval_factor: float | str | None = "as in training"
+    expert_capacity: int | None = None
+    formula: str = "exact"
+    min_capacity: int | None = None
+    scope: str = "batch"
+    drop_policy: str = "position"
+    overflow: str = "drop"
+
+    def __post_init__(self):
+        one_of(FORMULAS, formula=self.formula)
+        one_of(("batch", "sequence"), scope=self.scope)
+        one_of(DROP_POLICIES, drop_policy=self.drop_policy)
+        one_of(OVERFLOWS, overflow=self.overflow)
+        if self.factor is not None:
+            at_least(0, factor=self.factor)
+        if isinstance(self.eval_factor, str):
+            one_of(("as in training",), eval_factor=self.eval_factor)
+        elif self.eval_factor is not None:
+            at_least(0, eval_factor=self.eval_factor)
+        if self.min_capacity is not None:
+            whole(0, min_capacity=self.min_capacity)
+        if self.expert_capacity is not None:
+            whole(0, expert_capacity=self.expert_capacity)
+            if self.factor is not None or self.eval_factor not in (None, "as in training"):
+                raise ValueError(f"give either expert_capacity={self.expert_capacity} or a factor, not both")
+            if self.formula != "exact" or self.min_capacity is not None:
+                raise ValueError(f"expert_capacity={self.expert_capacity} is not computed: formula and min_capacity have no use")
+
+    @classmethod
+    def of(cls, capacity_factor: "float | dict | CapacityRule | None") -> "CapacityRule":
+        """The rule that the number alone stands for; a rule stays as it is, also when it comes as a dict out of JSON."""
+        if isinstance(capacity_factor, CapacityRule):
+            return capacity_factor
+        if isinstance(capacity_factor, dict):
+            unknown = sorted(set(capacity_factor) - {f.name for f in fields(cls)})
+            if unknown:
+                raise ValueError(f"unknown keys in CapacityRule: {', '.join(unknown)}")
+            return cls(**capacity_factor)
+        if capacity_factor is not None:
+            at_least(0, capacity_factor=capacity_factor)
+        return cls(factor=capacity_factor)
+
+    def dropless(self, training: bool) -> bool:
+        """Whether nobody is ever turned away, in this mode."""
+        if not training and self.eval_factor is None:
+            return True
+        return self.expert_capacity is None and self._factor(training) is None
+
+    def apply(self, routing: Routing, *, training: bool) -> Routing:
+        """The routing after this rule: unchanged when dropless, see ``moe_core.capacity.apply`` otherwise."""
+        if self.dropless(training):
+            return routing
+        policy = "position" if self.drop_policy == "random" and not training else self.drop_policy
+        return apply(routing, capacity_factor=self._factor(training), expert_capacity=self.expert_capacity, formula=self.formula,
+                     min_capacity=self.min_capacity, scope=self.scope, drop_policy=policy, overflow=self.overflow)
+
+    def _factor(self, training: bool) -> float | None:
+        return self.factor if training or isinstance(self.eval_factor, str) else self.eval_factor

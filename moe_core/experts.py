@@ -113,7 +113,10 @@ class Experts(nn.Module):
                 f"experts do not fit d_model={self.d_model}, n_experts={self.n_experts}"
             )
         plan = DispatchPlan(routing)
-        y = plan.combine(self.run_rows(plan.gather(x), plan.counts_E), routing.expert_weights).to(x.dtype)
+        before, after = None, routing.expert_weights
+        if routing.weights_on == "input":
+            before, after = after, torch.ones_like(after)
+        y = plan.combine(self.run_rows(plan.gather(x, before), plan.counts_E), after).to(x.dtype)
         if self.training and self.drop_path > 0:
             stays_B11 = torch.rand(x.shape[0], 1, 1, device=x.device) >= self.drop_path
             y = y * stays_B11.to(y.dtype) / (1 - self.drop_path)

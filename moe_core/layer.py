@@ -4,50 +4,70 @@ from torch import Tensor, nn
 
 from .config import MoEConfig
 from .experts import Experts, FeedForward
-from .routers import TopKRouter
+from .routers import build
+from .routers.zero_computation import ZeroComputationRouter
 from .routing import Routing
+from .zero_computation import ZeroComputationExperts, ffn_routing
 
 
 class MixtureOfExperts(nn.Module):
     r"""A layer that stands where a transformer's feed-forward layer stood.
 
-    .. math:: y_t = \sum_{k} w_{t,k} \, f_{e_{t,k}}(x_t) \; [+ f_{shared}(x_t)]
+    .. math:: y_t = \sum_{k} w_{t,k} \, f_{e_{t,k}}(x_t) \; [+ (1 + w^{over}_t) f_{shared}(x_t)]
+
+    w^over is the weight of the token's slots over capacity where the ``CapacityRule`` hands it to the shared expert, else 0.
 
     Args:
         config: an ``MoEConfig``.
 
     Attributes:
         router: returns a ``Routing``. experts: an ``Experts``. shared_experts: a ``FeedForward`` every token visits, or None.
+        zero_computation_experts: a ``ZeroComputationExperts`` behind a router that sends tokens there, or None.
     """
 
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.config = config
-        self.router = TopKRouter(
-            config.d_model, config.n_experts, config.top_k, capacity_factor=config.capacity_factor,
-            norm_topk_prob=config.norm_topk_prob, aux_loss_weight=config.aux_loss_weight, z_loss_weight=config.z_loss_weight,
-            jitter_noise=config.jitter_noise,
-        )
+        self.router = build(config)
         mlp = {"activation": config.activation, "glu": config.glu}
         self.experts = Experts(
             config.d_model, config.d_ff, config.n_experts, drop_path=config.drop_path, backend=config.backend, **mlp
         )
+        self.zero_computation_experts = None
+        if isinstance(self.router, ZeroComputationRouter):
+            cheap = self.router.n_zero_experts, self.router.n_copy_experts, self.router.n_constant_experts
+            self.zero_computation_experts = ZeroComputationExperts(config.d_model, *cheap)
         self.shared_experts = None
         if config.n_shared_experts:
             self.shared_experts = FeedForward(config.d_model, config.n_shared_experts * config.d_ff, **mlp)
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Route, compute, combine.
 
         Args:
             x: (B, N, D) tokens.
             padding_mask: (B, N) bool, True for real tokens; None when all are real.
+            token_ids: (B, N) int64, for the routers that read them (hash routing); the others leave them alone.
 
         Returns:
             y (B, N, D) in x's dtype, and the ``Routing``. The residual connection is the caller's.
+
+        Raises:
+            ValueError: a shape does not fit, or the router needs token_ids and there are none.
         """
-        routing = self.router(x, padding_mask)
-        y = self.experts(x, routing)
+        if self.router.needs_token_ids:
+            if token_ids is None:
+                raise ValueError(f"token_ids=None must be (B, N) int64: router={self.config.router!r} needs them")
+            routing = self.router(x, padding_mask, token_ids)
+        else:
+            routing = self.router(x, padding_mask)
+        if self.zero_computation_experts is None:
+            y = self.experts(x, routing)
+        else:
+            y = self.experts(x, ffn_routing(routing, self.config.n_experts)) + self.zero_computation_experts(x, routing)
         if self.shared_experts is not None:
-            y = y + self.shared_experts(x)
+            shared = self.shared_experts(x)
+            y = y + shared
+            if routing.overflow == "shared":  # stands in for the experts that were full
+                y = y + (routing.overflow_weight.unsqueeze(-1) * shared).to(y.dtype)
         return y, routing

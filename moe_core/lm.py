@@ -10,6 +10,7 @@ from ._validate import boolean, one_of, whole
 from .config import MoEConfig
 from .experts import ACTIVATIONS, FeedForward
 from .layer import MixtureOfExperts
+from .routers import Router
 from .routing import Routing
 
 
@@ -56,6 +57,7 @@ class LMConfig:
         """The dense model whose feed-forward layer costs what a token's experts cost: F_dense = (K + shared) * F.
 
         What an MoE layer multiplies beyond that, per token: D*E in the router, and K*D to weight and add the experts' outputs.
+        Experts without computation count like the others: K is then the most that a token may cost.
 
         Raises:
             ValueError: the model is dense already.
@@ -63,7 +65,8 @@ class LMConfig:
         if self.moe is None:
             raise ValueError("moe=None: the model is dense already")
         moe = self.moe
-        return replace(self, moe=None, d_ff=(moe.top_k + moe.n_shared_experts) * moe.d_ff, activation=moe.activation, glu=moe.glu)
+        d_ff = round((moe.top_k + moe.n_shared_experts) * moe.d_ff)  # a mean K may be a fraction
+        return replace(self, moe=None, d_ff=d_ff, activation=moe.activation, glu=moe.glu)
 
     def to_dict(self) -> dict:
         """Plain values only, ready for JSON."""
@@ -119,13 +122,14 @@ class Block(nn.Module):
         else:
             self.feed_forward = MixtureOfExperts(config.moe)
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None,
+                token_ids: Tensor | None = None) -> tuple[Tensor, Routing | None]:
         """(B, N, D) -> (B, N, D), and the routing of this layer (None when it is dense)."""
         x = x + self.attention(self.attention_norm(x))
         h = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, FeedForward):
             return x + self.feed_forward(h), None
-        y, routing = self.feed_forward(h, padding_mask)
+        y, routing = self.feed_forward(h, padding_mask, token_ids)
         return x + y, routing
 
 
@@ -145,9 +149,14 @@ class LanguageModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal with std 0.02; what writes to the residual stream is scaled by 1/sqrt(2 * n_layers) (GPT-2)."""
+        """Normal with std 0.02; what writes to the residual stream is scaled by 1/sqrt(2 * n_layers) (GPT-2).
+
+        A router that prescribes its own start (noisy top-k: zeros) keeps it.
+        """
+        prescribed = {id(weight) for router in self.modules() if isinstance(router, Router) and router.prescribes_start
+                      for weight in router.parameters()}
         for name, parameter in self.named_parameters():
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and id(parameter) not in prescribed:
                 writes = name.endswith(("out_proj.weight", "down_proj", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / ((2 * self.config.n_layers) ** 0.5 if writes else 1))
 
@@ -168,7 +177,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"sequence length {tokens_BN.shape[-1]} must be at most max_seq_len={self.config.max_seq_len}")
         x, routings = self.embedding(tokens_BN), []
         for block in self.blocks:
-            x, routing = block(x, padding_mask)
+            x, routing = block(x, padding_mask, tokens_BN)
             if routing is not None:
                 routings.append(routing)
         return F.linear(self.norm(x), self.embedding.weight), routings

@@ -13,12 +13,16 @@ from torch import Tensor
 from ._validate import one_of
 
 
+WEIGHTS_ON = ("output", "input")
+
+
 class DropReason(IntEnum):
     """Why a slot is not kept; the codes in ``Routing.drop_reason``."""
 
     KEPT = 0
     OVER_CAPACITY = 1
     PADDING = 2
+    NOT_SELECTED = 3  # routers with K = E slots: this expert was never asked for (not among its choices, below its threshold, zero)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +38,12 @@ class Routing:
         drop_reason: (B, N, K) int8, a ``DropReason`` for each slot.
         losses: name -> weighted, differentiable scalar.
         capacity: the most slots an expert may keep, None when dropless.
+        capacity_scope: what the capacity is counted over: the whole "batch", or each "sequence" for itself.
+        overflow: what becomes of the weight of a slot over capacity: "drop" it, or hand it to the "shared" expert.
         padding_mask: (B, N) bool, True for real tokens, None when all are real.
         normalized: the router promises that the K weights of a token sum to 1 (before any slot is dropped).
         dropless: the router promises that every slot is kept, so that A = T*K is known without reading a tensor.
+        weights_on: what a weight multiplies: the expert's "output", w * f(x), or its "input", f(w * x), as in Llama 4.
 
     With float64 input the float fields are float64.
     """
@@ -52,6 +59,9 @@ class Routing:
     padding_mask: Tensor | None = None
     normalized: bool = False
     dropless: bool = False
+    weights_on: str = "output"
+    capacity_scope: str = "batch"
+    overflow: str = "drop"
 
     @property
     def n_experts(self) -> int:
@@ -84,14 +94,29 @@ class Routing:
         dropped = (self.drop_reason == DropReason.OVER_CAPACITY).sum()
         return dropped / self.selected_mask.sum().clamp(min=1)
 
+    @property
+    def overflow_weight(self) -> Tensor:
+        """(B, N): the weight that each token's slots over capacity leave to the shared expert; 0 where overflow is dropped.
+
+        A layer adds overflow_weight * shared(x), besides what the shared expert does anyway. Carries gradient: the router
+        learns from a dropped slot too.
+        """
+        over_BNK = self.drop_reason == DropReason.OVER_CAPACITY
+        if self.overflow == "drop":
+            over_BNK = torch.zeros_like(over_BNK)
+        return self.expert_weights.masked_fill(~over_BNK, 0).sum(-1)
+
+    def slots_per_expert(self, scope: str = "batch") -> Tensor:
+        """(E,) int64: selected slots per expert, before capacity: the load. (B, E) for scope="sequence"."""
+        return _pool(self._count(self.selected_mask), scope)
+
     def slot_share(self, scope: str = "batch") -> Tensor:
         """f_e, the share of selected slots (before capacity) that chose expert e; sums to 1 over experts.
 
         Args:
             scope: "batch" pools all tokens -> (E,); "sequence" keeps the sequences apart -> (B, E).
         """
-        counts_BE = self._count(self.selected_mask)
-        counts = _pool(counts_BE, scope).to(self.scores.dtype)
+        counts = self.slots_per_expert(scope).to(self.scores.dtype)
         return counts / counts.sum(-1, keepdim=True).clamp(min=1)
 
     def mean_score(self, scope: str = "batch") -> Tensor:
@@ -117,6 +142,8 @@ class Routing:
         For tests and debugging: it reads tensor values, so on a GPU it waits for the device.
         """
         slots, tokens, E = self.expert_indices.shape, self.expert_indices.shape[:2], self.n_experts
+        _require(self.weights_on in WEIGHTS_ON, f"weights_on={self.weights_on!r} must be one of {WEIGHTS_ON}")
+        _require(self.overflow in ("drop", "shared"), f"overflow={self.overflow!r} must be 'drop' or 'shared'")
         for name, dtypes in {
             "expert_indices": (torch.int64,), "expert_weights": (torch.float32, torch.float64),
             "capacity_mask": (torch.bool,), "drop_reason": (torch.int8,),
@@ -147,7 +174,8 @@ class Routing:
         _require(bool((chosen_BNE <= 1).all()), "an expert is chosen twice for one token")
         _require(not bool(self.selected_mask[~real_BN].any()), "a padding token has a selected slot")
         if self.capacity is not None:
-            most = int(self.tokens_per_expert.max())
+            kept = _pool(self._count(self.capacity_mask), self.capacity_scope)
+            most = int(kept.max()) if kept.numel() else 0
             _require(most <= self.capacity, f"an expert keeps {most} slots, capacity is {self.capacity}")
         if self.normalized:
             off = (self.expert_weights.sum(-1) - 1).abs()[real_BN]

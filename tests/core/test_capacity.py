@@ -18,7 +18,8 @@ from .helpers import cases, fast, first_come_first_served, randn, routing_of
 @pytest.mark.parametrize(("n_tokens", "top_k", "n_experts", "capacity_factor", "places"), [
     (1024, 1, 8, 1.25, 160),  # Switch
     (1024, 2, 8, 1.25, 320),
-    (10, 1, 1, 1.1, 11),  # 10 * 1.1 is 11.000000000000002 in floats
+    (10, 1, 1, 1.1, 11),
+    (100, 1, 1, 1.1, 110),  # 100 * 1.1 is 110.00000000000001 in floats
     (100, 1, 10, 0.7, 7),
     (7, 1, 4, 1.0, 2),  # rounded up
     (1024, 2, 8, 0.0, 0),

@@ -5,8 +5,9 @@ import math
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
+import torch
 
-from moe_core import Experts, FeedForward, LMConfig, MixtureOfExperts, MoEConfig, TopKRouter
+from moe_core import CapacityRule, Experts, FeedForward, LMConfig, MixtureOfExperts, MoEConfig, TopKRouter
 
 from .helpers import config
 
@@ -104,3 +105,88 @@ def test_a_config_cannot_be_changed_and_can_be_a_key():
     with pytest.raises(FrozenInstanceError):
         config().top_k = 1
     assert {config(): 1}[config()] == 1
+
+
+# The router and its options
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"router_options": {"vocab_sise": 3}}, r"router_options\['vocab_sise'\]: router='topk' has no such option; it has score_func, "),
+    ({"router": "base", "top_k": 1, "router_options": {"a": 3}}, r"router_options\['a'\]: router='base' has no such option; it has none"),
+    ({"router_options": {"top_k": 2}}, r"router_options\['top_k'\]: give it as the field top_k of MoEConfig"),
+    ({"router_options": {"jitter_noise": 0.1}}, r"router_options\['jitter_noise'\]: give it as the field jitter_noise of MoEConfig"),
+    ({"router": "relu", "router_options": {"expansion": 1.5}}, r"router_options\['expansion'\]: give it as the field top_k of MoEConfig"),
+    ({"router": "hash"}, r"router='hash' needs router_options\['vocab_size'\]"),
+    ({"router": "relu", "router_options": {"l1_weight": -1}}, "l1_weight=-1 must be at least 0"),
+    ({"router": "switch"}, "top_k=2 must be 1: router='switch' has no other"),
+    ({"router": "base", "top_k": 3}, "top_k=3 must be 1: router='base' has no other"),
+    ({"router": "gshard", "top_k": 1}, "top_k=1 must be 2: router='gshard' has no other"),
+    ({"top_k": 1.5}, "top_k=1.5 must be between 1 and n_experts=4"),
+    ({"router": "relu", "top_k": 4.5}, "expansion=4.5 must be above 0 and at most n_experts=4"),
+    ({"router": "relu", "top_k": "2"}, "top_k='2' must be at least 0"),
+    ({"router_options": [("score_func", "sigmoid")]}, "must be a dict"),
+    ({"router_options": {"score_func": {1, 2}}}, "must be a dict of names to plain JSON values"),
+    ({"router_options": {"score_func": ("sigmoid",)}}, "must be a dict of names to plain JSON values"),
+    ({"router_options": {"norm_eps": math.nan}}, "must be a dict of names to plain JSON values"),
+])
+def test_what_the_router_cannot_use_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+@pytest.mark.parametrize(("router", "field", "value"), [
+    ("relu", "capacity_factor", 1.0), ("relu", "aux_loss_weight", 0.1), ("relu", "norm_topk_prob", True), ("relu", "norm_topk_prob", False),
+    ("gshard", "jitter_noise", 0.1), ("expert_choice", "capacity_factor", 1.0), ("hash", "z_loss_weight", 0.1),
+    ("zero_computation", "capacity_factor", 2.0), ("loss_free", "aux_loss_weight", 0.01),
+])
+def test_a_field_that_the_router_has_no_use_for_is_refused_and_never_ignored(router, field, value):
+    options = {"vocab_size": 8} if router == "hash" else {}
+    with pytest.raises(ValueError, match=f"{field}={value} must be .*: router='{router}' has no such option"):
+        config(router=router, router_options=options, **{field: value})
+
+
+def test_a_field_left_alone_is_what_the_routers_class_says():
+    switch = config(router="switch", top_k=1)
+    assert (switch.capacity_factor, switch.aux_loss_weight) == (CapacityRule(factor=1.25, eval_factor=2.0), 0.01)
+    assert switch.norm_topk_prob is None and config().norm_topk_prob is True
+    assert config(router="switch", top_k=1, capacity_factor=None).capacity_factor is None  # asked for: dropless
+    assert MixtureOfExperts(config(router="switch", top_k=1, aux_loss_weight=0.0)).router.aux_loss_weight == 0
+
+
+def test_options_reach_the_router():
+    moe = MixtureOfExperts(config(router="relu", top_k=1.5, router_options={"l1_weight": 0.5, "l1_multiplier": 2.0}))
+    assert (moe.router.expansion, moe.router.l1_weight, moe.router.l1_multiplier) == (1.5, 0.5, 2.0)
+    assert MixtureOfExperts(config(router_options={"score_func": "sigmoid"})).router.score_func == "sigmoid"
+
+
+@pytest.mark.parametrize("cfg", [
+    config(router="relu", top_k=0.5, router_options={"l1_weight": 1e-3}), config(router="switch", top_k=1),
+    config(router="hash", router_options={"vocab_size": 8, "frequencies": [1.0] * 8}),
+    config(capacity_factor=CapacityRule(factor=1.0, overflow="shared"), n_shared_experts=1),
+    LMConfig(d_model=8, n_heads=2, moe=config(router_options={"score_func": "sigmoid"})),
+], ids=["relu", "switch", "hash", "rule", "lm"])
+def test_a_config_with_options_survives_json(cfg):
+    again = type(cfg).from_dict(json.loads(json.dumps(cfg.to_dict())))
+    assert again == cfg and hash(again) == hash(cfg)
+    MixtureOfExperts(again.moe if isinstance(again, LMConfig) else again)
+
+
+def test_configs_with_other_options_are_not_equal_and_the_options_are_a_copy():
+    options = {"score_func": "sigmoid"}
+    cfg = config(router_options=options)
+    options["score_func"] = "softmax"
+    cfg.to_dict()["router_options"]["score_func"] = "softmax"
+    assert cfg.router_options == {"score_func": "sigmoid"} and cfg != config(router_options=options)
+
+
+def test_making_a_config_draws_no_random_number():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    for router, top_k in [("topk", 2), ("base", 1), ("noisy_topk", 2), ("zero_computation", 2)]:
+        config(router=router, top_k=top_k)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_overflow_needs_a_shared_expert_to_go_to():
+    with pytest.raises(ValueError, match="n_shared_experts=0 must be at least 1"):
+        config(capacity_factor=CapacityRule(factor=1.0, overflow="shared"))

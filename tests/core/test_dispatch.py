@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_core import DispatchPlan, DropReason, MixtureOfExperts
+from moe_core import DispatchPlan, DropReason, MixtureOfExperts, ReLURouter, TopKRouter
 
-from .helpers import cases, config, fast, randn, routing_of
+from .helpers import cases, config, fast, mask, randn, routing_of, seeded
 
 
 def random_routing(case, **changes):
@@ -100,6 +102,85 @@ def test_bfloat16_rows_are_summed_in_float32_and_rounded_once():
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             assert torch.equal(plan.combine(rows, routing.expert_weights)[0, 0], expected)
+
+
+def sparse_routing(T, E, *, share=0.25, seed=0, dtype=torch.float32):
+    """T tokens with a slot for each of E experts, about this share of them kept, and drawn weights."""
+    taken = torch.rand(1, T, E, generator=torch.Generator().manual_seed(seed)) < share
+    return routing_of(torch.arange(E).expand(1, T, E), E, weights=randn(1, T, E, seed=seed, dtype=dtype),
+                      reasons=torch.where(taken, DropReason.KEPT, DropReason.NOT_SELECTED))
+
+
+@fast
+@given(st.integers(0, 6), st.integers(1, 5), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 99),
+       st.sampled_from([(torch.float64, 1e-12), (torch.float32, 1e-5)]))
+def test_combining_by_rows_and_by_slots_is_the_same_forward_and_backward(T, E, share, seed, precision):
+    dtype, tolerance = precision
+    routing = sparse_routing(T, E, share=share, seed=seed, dtype=dtype)
+    plan, results = DispatchPlan(routing), []
+    rows = randn(len(plan.slot_A), 3, seed=seed, dtype=dtype).requires_grad_()
+    weights = routing.expert_weights.requires_grad_()
+    assert plan.mostly_empty
+    for plan.mostly_empty in (True, False):
+        y = plan.combine(rows, weights)
+        results.append((y, *torch.autograd.grad(y, (rows, weights), randn(1, T, 3, seed=7, dtype=dtype))))
+    for by_rows, by_slots in zip(*results):
+        assert by_rows.shape == by_slots.shape and torch.allclose(by_rows, by_slots, atol=tolerance, rtol=0)
+    y, _rows, weights_gradient = results[0]
+    assert (y[~routing.capacity_mask.any(-1)] == 0).all() and (weights_gradient[~routing.capacity_mask] == 0).all()
+
+
+def test_combining_by_rows_is_for_routings_that_may_leave_most_slots_empty():
+    x, padding_mask = randn(2, 3, 8), mask(2, 3)
+    top2, all4, relu = seeded(TopKRouter, 8, 4, 2), seeded(TopKRouter, 8, 4, 4), seeded(ReLURouter, 8, 4)
+    assert DispatchPlan(relu(x)).mostly_empty and DispatchPlan(relu(x, padding_mask)).mostly_empty
+    for routing in (top2(x), top2(x, padding_mask), all4(x)):
+        assert not DispatchPlan(routing).mostly_empty
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor held that any operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = out if isinstance(out, (tuple, list)) else [out]
+        self.numel = max([self.numel, *(t.numel() for t in made if isinstance(t, torch.Tensor))])
+        return out
+
+
+def test_combining_by_rows_never_makes_a_tensor_of_all_slots():
+    T, E, D = 64, 16, 32
+    routing = sparse_routing(T, E, share=2 / E)
+    plan, weights = DispatchPlan(routing), routing.expert_weights.requires_grad_()
+    rows, largest = randn(len(plan.slot_A), D).requires_grad_(), {}
+    for plan.mostly_empty in (True, False):
+        with LargestTensor() as made:
+            plan.combine(rows, weights).square().sum().backward()
+        largest[plan.mostly_empty] = made.numel
+    assert largest[True] <= max(rows.numel(), T * D, T * E) < T * E * D / 4
+    assert largest[False] >= T * E * D  # and the instrument sees what it would cost
+
+
+def test_combining_by_rows_gives_the_same_bits_every_time():
+    plan_of = lambda: DispatchPlan(sparse_routing(50, 8))  # noqa: E731
+    rows = randn(len(plan_of().slot_A), 16)
+    first = plan_of().combine(rows, sparse_routing(50, 8).expert_weights)
+    assert all(torch.equal(plan_of().combine(rows, sparse_routing(50, 8).expert_weights), first) for _ in range(5))
+
+
+def test_by_rows_too_a_token_without_a_kept_slot_gets_exactly_zero_and_bfloat16_is_rounded_once():
+    NOT = DropReason.NOT_SELECTED
+    plan = DispatchPlan(routing_of([[[0, 1], [0, 1]]], 2, reasons=[[[0, NOT], [NOT, NOT]]]))
+    y = plan.combine(torch.full((1, 3), torch.inf), torch.ones(1, 2, 2))
+    assert y[0, 0].isinf().all() and (y[0, 1] == 0).all()
+    routing = sparse_routing(1, 8, share=1.0)
+    plan, rows = DispatchPlan(routing), randn(8, 64, dtype=torch.bfloat16)
+    exact = (routing.expert_weights[0, 0].double() @ rows.double()).bfloat16()
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            assert torch.equal(plan.combine(rows, routing.expert_weights)[0, 0], exact)
 
 
 @pytest.mark.parametrize("activation", ["silu", "relu2"])

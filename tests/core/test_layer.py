@@ -192,3 +192,18 @@ def test_every_number_of_the_config_arrives_where_it_is_used():
     assert (experts.activation, experts.glu, experts.drop_path, experts.backend) == ("gelu", False, 0.4, "loop")
     assert moe.config == config(**{"capacity_factor": 1.5, "norm_topk_prob": False, "aux_loss_weight": 0.1, "z_loss_weight": 0.2,
                                    "jitter_noise": 0.3, "activation": "gelu", "glu": False, "drop_path": 0.4, "backend": "loop"})
+
+
+def test_token_ids_reach_the_router_that_reads_them_and_are_asked_for():
+    moe, x = layer(router="hash", router_options={"vocab_size": 32}), randn(2, 3, 8)
+    token_ids = torch.tensor([[1, 2, 3], [3, 2, 1]])
+    indices = moe(x, None, token_ids)[1].expert_indices
+    assert torch.equal(indices[0], indices[1].flip(0)) and torch.equal(indices, moe(x * 2, None, token_ids)[1].expert_indices)
+    assert not torch.equal(indices, moe(x, None, token_ids + 7)[1].expert_indices)
+    with pytest.raises(ValueError, match="token_ids=None must be .B, N. int64: router='hash' needs them"):
+        moe(x)
+
+
+def test_other_routers_leave_token_ids_alone():
+    moe, x = layer(), randn(2, 3, 8)
+    assert torch.equal(moe(x, None, torch.ones(2, 3, dtype=torch.int64))[0], moe(x)[0])

@@ -140,6 +140,27 @@ def test_what_writes_to_the_residual_stream_starts_smaller():
                 assert (parameter == 1).all()
 
 
+def test_a_router_that_prescribes_its_start_keeps_it():
+    noisy, base = seeded(LanguageModel, lm_config(router="noisy_topk")), seeded(LanguageModel, lm_config(router="base", top_k=1))
+    for block in (*noisy.blocks, *base.blocks):
+        router = block.feed_forward.router
+        if block in [*noisy.blocks]:
+            assert all((weight == 0).all() for weight in router.parameters())
+        else:
+            assert torch.allclose(router.weight @ router.weight.T, 0.01 * torch.eye(4), atol=1e-6)  # orthogonal rows of length 0.1
+    assert noisy.blocks[0].feed_forward.experts.down_proj.std().item() == pytest.approx(0.01, rel=0.2)  # the rest as always
+
+
+def test_the_tokens_reach_a_hash_router_in_every_layer():
+    lm = model(lm_config(router="hash", router_options={"vocab_size": 32}))
+    for block, routing in zip(lm.blocks, lm(tokens())[1]):
+        assert torch.equal(routing.expert_indices, block.feed_forward.router.table[tokens()])
+
+
+def test_the_dense_twin_of_a_fraction_of_an_expert_is_as_wide():
+    assert lm_config(router="relu", top_k=1.25, n_shared_experts=1).dense_twin().d_ff == 27  # 2.25 * 12
+
+
 def test_input_and_output_embeddings_are_one():
     lm = model(lm_config().dense_twin())
     lm(torch.zeros(1, 2, dtype=torch.int64))[0].sum().backward()

@@ -7,7 +7,6 @@ import torch
 
 from ._validate import at_least, between, boolean, one_of, top_k_fits, whole
 from .capacity import CapacityRule
-from .capacity import CapacityRule
 from .experts import ACTIVATIONS, BACKENDS
 from .routers import ROUTERS, build, shared_defaults, top_k_is_a_mean
 

@@ -137,6 +137,8 @@ def test_the_table_has_a_row_per_router_in_aligned_columns(record):
     assert {row.split("|")[1].strip() for row in rows} == {"topk", "expert_choice"}
     losses = [float(row.split("|")[2].split("±")[0]) for row in rows]
     assert losses == sorted(losses)
+    its_own = next(row for row in rows if row.startswith("| topk "))
+    assert "| +0.000 ± 0.000 |" in its_own and "1.00x" in its_own and "yes (yes)" in its_own
 
 
 def test_progress_is_one_line_per_run(record):

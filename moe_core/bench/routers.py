@@ -6,8 +6,9 @@ one expert of width K*F (where the router has K = 1). Soft MoE is left out: it m
 made of it predicts the next token from the next token. Expert choice has the same fault to a lesser degree; it is in, and marked.
 
 Losses are measured in eval mode, hence with each router's own eval routing: pure thresholds, no noise, the best expert
-instead of the assigned one. "alone" feeds the same text as generating would, prefix by prefix and one sequence at a time: what
-exceeds the held-out loss of the whole windows there was borrowed from other tokens.
+instead of the assigned one. "alone" feeds some of that text as generating would, prefix by prefix and one sequence at a time, and
+says by how much the loss is then above that of the same windows whole and together: 0 for a router that looks at one token, more
+for one that reads other tokens or whose capacity shrinks with their number.
 """
 
 import multiprocessing

@@ -6,8 +6,9 @@ one expert of width K*F (where the router has K = 1). Soft MoE is left out: it m
 made of it predicts the next token from the next token. Expert choice has the same fault to a lesser degree; it is in, and marked.
 
 Losses are measured in eval mode, hence with each router's own eval routing: pure thresholds, no noise, the best expert
-instead of the assigned one. "alone" feeds the same text as generating would, prefix by prefix and one sequence at a time: what
-exceeds the held-out loss of the whole windows there was borrowed from other tokens.
+instead of the assigned one. "alone" feeds some of that text as generating would, prefix by prefix and one sequence at a time, and
+says by how much the loss is then above that of the same windows whole and together: 0 for a router that looks at one token, more
+for one that reads other tokens or whose capacity shrinks with their number.
 """
 
 import multiprocessing
@@ -83,10 +84,15 @@ def _gather(values: list):
 
 
 def table(record: dict) -> str:
-    """One row per router of what ``bench`` returned, the lowest held-out loss first; +- is half the spread over the seeds."""
-    head = ["router", "held-out loss", "alone", "training loss", "MaxVio", "in eval", "dropped", "in eval", "load entropy",
-            "router entropy", "dead", "experts/token", "in eval", "time", "causal (training)", "batch-invariant"]
-    rows = [_row(name, found) for name, found in sorted(record["results"].items(), key=lambda item: _mean(item[1]["held_out"]))]
+    """One row per router of what ``bench`` returned, the lowest held-out loss first.
+
+    ± is half the spread over the seeds. The difference to top-k is taken within each seed: same start, same batches.
+    """
+    head = ["router", "held-out loss", "minus top-k's", "alone", "training loss", "MaxVio", "in eval", "dropped", "in eval",
+            "load entropy", "router entropy", "dead", "experts/token", "in eval", "time", "causal (training)", "batch-invariant"]
+    topk = record["results"].get("topk", {}).get("held_out")
+    rows = [_row(name, found, topk)
+            for name, found in sorted(record["results"].items(), key=lambda item: _mean(item[1]["held_out"]))]
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     line = lambda cells: "| " + " | ".join(  # noqa: E731
         cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(cells, widths))) + " |"
@@ -94,12 +100,13 @@ def table(record: dict) -> str:
     return "\n".join([line(head), rule, *map(line, rows)])
 
 
-def _row(name: str, found: dict) -> list[str]:
+def _row(name: str, found: dict, topk: list[float] | None) -> list[str]:
     training, evaluated = found["training"], found["eval"]
     borrowed = [alone - whole for alone, whole in zip(found["alone"], found["not_alone"])]
     time = "" if found["time_to_topk"] is None else f"{statistics.median(found['time_to_topk']):.2f}x"
     return [
-        name, f"{_mean(found['held_out']):.3f} ± {(max(found['held_out']) - min(found['held_out'])) / 2:.3f}",
+        name, _band(found["held_out"], ".3f"),
+        _band([mine - its for mine, its in zip(found["held_out"], topk)], "+.3f") if topk else "",
         f"{round(_mean(borrowed), 3) + 0.0:+.3f}", f"{_mean(found['training_loss']):.3f}",
         f"{_mean(training['max_violation']):.2f}", f"{_mean(evaluated['max_violation']):.2f}",
         f"{_mean(training['drop_rate']):.1%}", f"{_mean(evaluated['drop_rate']):.1%}",
@@ -108,6 +115,10 @@ def _row(name: str, found: dict) -> list[str]:
         f"{_mean(training['experts_per_token']):.2f}", f"{_mean(evaluated['experts_per_token']):.2f}",
         time, f"{_yes(found['causal'])} ({_yes(found['causal_in_training'])})", _yes(found["batch_invariant"]),
     ]
+
+
+def _band(values: list[float], sign: str) -> str:
+    return f"{_mean(values):{sign}} ± {(max(values) - min(values)) / 2:.3f}"
 
 
 def _mean(values: list[float]) -> float:

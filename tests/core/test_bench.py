@@ -68,6 +68,39 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(record):
         assert without_times(found["eval"]) == {key: values[1:] for key, values in first["eval"].items()}
 
 
+def test_several_processes_find_what_one_finds(record):
+    lines = []
+    results = routers.bench(["expert_choice"], seeds=[5, 0], budget=TINY, workers=2, progress=lines.append)["results"]
+    assert results["expert_choice"]["held_out"] == record["results"]["expert_choice"]["held_out"][::-1] and len(lines) == 2
+
+
+def test_training_is_measured_in_training_mode_and_the_rest_in_eval():
+    found = routers.run("base", 0, TINY)  # 12 tokens and 4 experts: 3 tokens each in training, the best expert in eval
+    assert found["training"]["max_violation"] == 0 < found["eval"]["max_violation"]
+    assert found["causal"] and not found["causal_in_training"]
+
+
+def test_routers_are_updated_once_a_step():
+    model = LanguageModel(routers.config("expert_threshold", TINY))
+    _measure._train(model, 0, TINY)
+    assert model.blocks[0].feed_forward.router.steps == 2
+
+
+def test_a_routers_own_noise_comes_from_the_seed_alone():
+    losses = []
+    for state in (1, 2):
+        model = _measure._model("noisy_topk", 0, TINY)
+        torch.manual_seed(state)
+        losses.append(_measure._train(model, 0, TINY)["curve"])
+    assert losses[0] == losses[1]
+
+
+def test_experts_per_token_are_those_that_compute_and_were_not_full():
+    cheap, full = (routers.run(name, 0, TINY) for name in ("zero_computation", "switch"))
+    assert 0 < cheap["eval"]["experts_per_token"] < 3  # K = 3, of 4 feed-forward experts and 3 without computation
+    assert full["training"]["experts_per_token"] == pytest.approx(1 - full["training"]["drop_rate"]) != 1
+
+
 def test_the_record_is_plain_values_with_one_number_per_seed(record):
     assert record["seeds"] == [0, 5] and record["config"]["steps"] == 2
     for found in record["results"].values():
@@ -104,6 +137,8 @@ def test_the_table_has_a_row_per_router_in_aligned_columns(record):
     assert {row.split("|")[1].strip() for row in rows} == {"topk", "expert_choice"}
     losses = [float(row.split("|")[2].split("±")[0]) for row in rows]
     assert losses == sorted(losses)
+    its_own = next(row for row in rows if row.startswith("| topk "))
+    assert "| +0.000 ± 0.000 |" in its_own and "1.00x" in its_own and "yes (yes)" in its_own
 
 
 def test_progress_is_one_line_per_run(record):

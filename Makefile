@@ -10,7 +10,7 @@ PYTHON ?=
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120
 HTML := _build/html
 
-.PHONY: help book build test browser lab chapters repo clean
+.PHONY: help book build test browser lab chapters bench repo clean
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' Makefile | awk -F '|' '{ printf "  %-14s %s\n", $$1, $$2 }'
 
@@ -25,6 +25,9 @@ lab: $(READY) ## open JupyterLab on the chapters
 
 chapters: $(READY) ## execute and normalise the notebooks (CHAPTER=02 only that one)
 	@$(PY) book/tools/chapters.py $(CHAPTER)
+
+bench: $(READY) ## every router on the same text and budget; about 10 minutes, prints a table, writes router_bench.json
+	@$(PY) -m moe_core.bench routers
 
 repo: ## stamp the repository's URL into the book: make repo URL=https://github.com/you/moe-book
 	@python=$$(PYTHON="$(PYTHON)" book/tools/find-python.sh) && "$$python" book/tools/repo.py "$(URL)" $(BRANCH)

@@ -70,6 +70,7 @@ ROWS = {
 
 @cache
 def text() -> corpus.Corpus:
+    """The corpus of all runs, read once."""
     return corpus.load()
 
 

@@ -1,7 +1,8 @@
 """What a routing looks like: load, balance, entropy, drops, and how it differs from another one.
 
 Pure functions of a Routing. Where it makes sense they also take several (the micro-batches of a step, say) and pool their
-tokens: balance over a step is not the mean of the balances of its parts. None carries a gradient, none waits for a GPU.
+tokens: balance over a step is not the mean of the balances of its parts. None carries a gradient; all but ``summary`` leave their
+answer on the device.
 """
 
 from typing import Sequence

@@ -163,7 +163,8 @@ def _compare(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor], where:
     """Largest change of an output, tokens with other experts, and tokens looked at."""
     (y, experts), (y_after, experts_after) = before, after
     moved = (experts[where] != experts_after[where]).any(-1)
-    return float((y[where].double() - y_after[where].double()).abs().max()), int(moved.sum()), moved.numel()
+    change = (y[where].double() - y_after[where].double()).abs().nan_to_num(nan=torch.inf)  # NaN is a change like no other
+    return float(change.max()), int(moved.sum()), moved.numel()
 
 
 def _sum_up(pairs: list[tuple[float, int, int]], tolerance: float) -> Effect | None:

@@ -46,7 +46,7 @@ class Router(nn.Module):
         between(0.0, 1.0, jitter_noise=jitter_noise)
         at_least(0, aux_loss_weight=aux_loss_weight, z_loss_weight=z_loss_weight)
         self.capacity_rule = CapacityRule.of(capacity_factor)
-        self.d_model, self.n_experts, self.jitter_noise, self.capacity_factor = d_model, n_experts, jitter_noise, capacity_factor
+        self.d_model, self.n_experts, self.jitter_noise = d_model, n_experts, jitter_noise
         self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
         self.weight = nn.Parameter(torch.empty(n_experts, d_model))
         self.reset_parameters()
@@ -94,7 +94,8 @@ class Router(nn.Module):
         Args:
             indices_BNK, weights_BNK: the expert of each slot and the weight of its output.
             logits_BNE, scores_BNE: before and after the score function, without any selection bias.
-            padding_mask: (B, N) bool, True for real tokens. Padding takes no place, counts in no loss and gets output 0.
+            padding_mask: (B, N) bool, True for real tokens. Padding takes no place, counts in no loss and gets output 0,
+                as long as what stands there is finite.
             selected_BNK: (B, N, K) bool, for routers with K = E slots: False where the expert is not asked for.
             normalized: the K weights of a token sum to 1.
             apply_capacity: False where the router limits its experts in its own way.

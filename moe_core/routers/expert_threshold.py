@@ -21,7 +21,7 @@ class ExpertThresholdRouter(Router):
               c_e \leftarrow \mathrm{EMA}_\beta\big(k\text{-th largest of } \{h_{t,e}\}_t\big), \quad k = \lfloor T G / E \rfloor
 
     The threshold estimates where expert choice would have cut, the (1 - G/E)-quantile of the expert's raw logits, over the last
-    1/(1 - beta) optimiser steps. Load stays near 1/E each with no auxiliary loss, and a token's route depends on that token
+    1/(1 - beta) optimiser steps. Where logits drift slowly against that, load stays near 1/E each with no auxiliary loss; and a token's route depends on that token
     alone. Weights are not normalised; a shared expert (``MoEConfig.n_shared_experts``) comes on top with weight 1.
 
     Eval is always the pure threshold. Training differs in two ways, for which it looks at the whole batch:
@@ -48,8 +48,8 @@ class ExpertThresholdRouter(Router):
     Raises:
         ValueError: an argument is out of range.
 
-    Source: Sun et al. 2026 (arXiv 2603.11535), algorithm 1; bias correction, micro-batches and ranks as in its official code. The
-    code compares with >=, the paper with >; this is >.
+    Source: Sun et al. 2026 (arXiv 2603.11535), algorithm 1; bias correction and micro-batches as in its official code. The code
+    averages the ranks' EMAs after warm-up, this their cutoffs in every update. The code compares with >=, the paper with >; this is >.
     """
 
     def __init__(self, d_model: int, n_experts: int, expansion: float = 1.0, *, ema_decay: float = 0.99, warmup_steps: int = 100,

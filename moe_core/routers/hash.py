@@ -2,6 +2,7 @@
 
 import heapq
 import random
+from functools import partial
 from typing import Sequence
 
 import torch
@@ -49,13 +50,21 @@ class HashRouter(TopKRouter):
                  norm_eps: float = 1e-20, routed_scaling_factor: float = 1.0,
                  capacity_factor: float | CapacityRule | None = None):
         one_of(WEIGHTS, weights=weights)
-        table_VK = balanced_table(vocab_size, n_experts, top_k, frequencies=frequencies, seed=seed)
+        frequencies = None if frequencies is None else list(frequencies)
+        make_table = partial(balanced_table, vocab_size, n_experts, top_k, frequencies=frequencies, seed=seed)
+        table_VK = make_table()
         super().__init__(d_model, n_experts, top_k, score_func=score_func, norm_topk_prob=norm_topk_prob, norm_eps=norm_eps,
                          routed_scaling_factor=routed_scaling_factor, capacity_factor=capacity_factor)
-        self.vocab_size, self.weights = vocab_size, weights
+        self.vocab_size, self.weights, self._make_table = vocab_size, weights, make_table
         self.register_buffer("table", table_VK)
         if weights == "uniform":
             self.weight = None
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew, if there is one, and write the table again (a module made on the meta device has none)."""
+        super().reset_parameters()
+        if "table" in self._buffers:  # not yet when the base class calls this first
+            self.table.copy_(self._make_table())
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None) -> Routing:
         """Route tokens (B, N, D) by their ids (B, N), of an integer dtype; what stands at padding is not read.

@@ -29,7 +29,7 @@ class Preset:
 
 PRESETS: dict[str, Preset] = {
     "gshard": Preset(  # without its random second expert, which is GShardRouter's
-        "GShard", {"top_k": 2}, {"norm_topk_prob": True, "capacity_factor": 1.0},
+        "GShard", {"top_k": 2}, {"norm_topk_prob": True, "capacity_factor": CapacityRule(factor=1.0, drop_policy="slot_position")},
         "Lepikhin et al. 2020, arXiv 2006.16668, algorithm 1",
     ),
     "switch": Preset(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._ranks import sum_over_ranks
 from .._validate import between, boolean, one_of, top_k_fits, whole
+from ..capacity import CapacityRule
 from ..routing import Routing
 from .base import Router
 
@@ -47,7 +48,7 @@ class QuantileBalancingRouter(Router):
     """
 
     def __init__(self, d_model: int, n_experts: int, top_k: int, *, score_func: str = "sigmoid", norm_topk_prob: bool = True,
-                 ema_decay: float = 0.0, n_alternations: int = 1, capacity_factor: float | None = None,
+                 ema_decay: float = 0.0, n_alternations: int = 1, capacity_factor: float | CapacityRule | None = None,
                  z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
         top_k_fits(top_k, n_experts)
         one_of(("sigmoid", "softmax"), score_func=score_func)

@@ -50,6 +50,12 @@ class ReLURouter(Router):
         self.expansion, self.l1_weight, self.l1_multiplier = expansion, l1_weight, l1_multiplier
         self.register_buffer("l1_coefficient", torch.tensor(l1_weight, dtype=torch.float32))
 
+    def reset_parameters(self) -> None:
+        """Draw the weight anew and start lambda again."""
+        super().reset_parameters()
+        if "l1_coefficient" in self._buffers:  # not yet when the base class calls this first
+            self.l1_coefficient.fill_(self.l1_weight)
+
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """Route tokens (B, N, D); K = E slots, of which those with a positive logit are selected.
 
@@ -71,4 +77,6 @@ class ReLURouter(Router):
         selected, tokens = sum_over_ranks(counts_2)
         too_many = selected.double() > self.expansion * tokens.double()
         factor = torch.where(too_many, self.l1_multiplier, 1 / self.l1_multiplier)
-        self.l1_coefficient.mul_(torch.where(tokens > 0, factor, 1.0).to(self.l1_coefficient.dtype))
+        factor = torch.where(tokens > 0, factor, 1.0).to(self.l1_coefficient.dtype)
+        if self.l1_weight > 0:  # where float32 can still multiply by 1.2, so that lambda always finds its way back
+            self.l1_coefficient.mul_(factor).clamp_(1e-20, 1e20)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._validate import at_least, top_k_fits, whole
+from ..capacity import CapacityRule
 from ..routing import Routing
 from .base import Router
 from .expert_choice import count_real
@@ -38,7 +39,7 @@ class SinkhornRouter(Router):
     """
 
     def __init__(self, d_model: int, n_experts: int, top_k: int = 1, *, tolerance: float = 1e-4, max_rounds: int = 100,
-                 capacity_factor: float | None = None, z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
+                 capacity_factor: float | CapacityRule | None = None, z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
         top_k_fits(top_k, n_experts)
         at_least(0, tolerance=tolerance)
         whole(1, max_rounds=max_rounds)
@@ -69,7 +70,7 @@ def sinkhorn(logits_TE: Tensor, real_T: Tensor, *, tolerance: float = 1e-4, max_
     .. math:: u_t \leftarrow \frac{1}{T \sum_e e^{h_{t,e}} v_e}, \qquad v_e \leftarrow \frac{1}{E \sum_t u_t e^{h_{t,e}}}
 
     Returns:
-        log u (T,), -inf for padding, and log v (E,) with mean 0. The plan is exp(h + log u + log v), columns exact, rows
+        log u (T,), -inf for padding, and log v (E,) with mean 0. The plan is exp(h + log u + log v), rows exact, columns
         to the tolerance. log v is 0 when there is no real token.
     """
     E = logits_TE.shape[-1]

@@ -187,7 +187,7 @@ def test_every_number_of_the_config_arrives_where_it_is_used():
     moe = layer(capacity_factor=1.5, norm_topk_prob=False, aux_loss_weight=0.1, z_loss_weight=0.2, jitter_noise=0.3, activation="gelu",
                 glu=False, drop_path=0.4, backend="loop")
     router, experts = moe.router, moe.experts
-    assert (router.capacity_factor, router.norm_topk_prob, router.aux_loss_weight) == (1.5, False, 0.1)
+    assert (router.capacity_rule.factor, router.norm_topk_prob, router.aux_loss_weight) == (1.5, False, 0.1)
     assert (router.z_loss_weight, router.jitter_noise, router.top_k) == (0.2, 0.3, 2)
     assert (experts.activation, experts.glu, experts.drop_path, experts.backend) == ("gelu", False, 0.4, "loop")
     assert moe.config == config(**{"capacity_factor": 1.5, "norm_topk_prob": False, "aux_loss_weight": 0.1, "z_loss_weight": 0.2,

@@ -15,6 +15,8 @@ X = randn(3, 12, 8)
 ONE = X[:1]
 QUESTIONS = ("later_tokens", "earlier_tokens", "other_sequences", "n_later_tokens", "n_sequences")
 
+X_OF_NAN = torch.randn(2, 5, 3, generator=torch.Generator().manual_seed(9))
+
 
 def answers(module, x) -> dict[str, bool | None]:
     """Question -> does the output depend on it; the output and not only the wording must be exactly the same where it does not."""
@@ -160,3 +162,11 @@ def test_the_answer_reads_well():
 def test_what_makes_no_sense_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         probe(**{"module": topk(), "x": X, **arguments})
+
+
+def test_a_nan_that_later_tokens_cause_is_a_dependence():
+    def poisoned(x):
+        return x.masked_fill(x[:, -1:, :1].sum() != X_OF_NAN[:, -1:, :1].sum(), torch.nan)
+
+    found = probe(poisoned, X_OF_NAN)
+    assert not found.causal and found.later_tokens.max_change == torch.inf

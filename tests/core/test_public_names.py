@@ -1,5 +1,6 @@
 """The calls that readers write down, word for word, and what importing the core costs."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,17 @@ def test_the_layer_is_called_like_this():
 def test_every_public_name_exists_and_is_documented():
     for name in moe_core.__all__:
         assert getattr(moe_core, name).__doc__, name
+
+
+def test_every_public_function_and_class_of_every_module_is_documented():
+    missing = []
+    for path in Path(moe_core.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf8"))):
+            inside = getattr(node, "body", []) if isinstance(node, (ast.Module, ast.ClassDef)) else []
+            for item in inside:
+                if isinstance(item, (ast.FunctionDef, ast.ClassDef)) and not item.name.startswith("_") and not ast.get_docstring(item):
+                    missing.append(f"{path.name}: {item.name}")
+    assert missing == []
 
 
 def test_importing_the_core_imports_nothing_that_draws_or_downloads():

@@ -5,13 +5,14 @@ import torch
 
 from moe_core import TopKRouter, losses
 from moe_core._ranks import mean_over_ranks, n_ranks, sum_over_ranks
-from moe_core.routers.loss_free import LossFreeRouter
+from moe_core.routers import LossFreeRouter, QuantileBalancingRouter, ReLURouter, ZeroComputationRouter
 
 from .helpers import randn, seeded
 from .ranks import on_ranks
 
 BIG = 2**53 + 1  # not a float64
 X = randn(4, 6, 8, dtype=torch.float64)
+LOPSIDED = torch.cat([X[:2], -3 * X[2:].abs()])  # what rank 1 has is far from what rank 0 has
 UNEVEN = torch.arange(6) < torch.tensor([6, 4, 1, 0]).view(4, 1)  # 10 real tokens on rank 0, 1 on rank 1
 
 
@@ -37,6 +38,22 @@ def bias(steps, rule):
     return router.expert_bias
 
 
+STATEFUL = {
+    "relu": lambda: ReLURouter(8, 4, 2.0, l1_weight=0.1),
+    "quantile_balancing": lambda: QuantileBalancingRouter(8, 4, 2, ema_decay=0.5),
+    "zero_computation": lambda: ZeroComputationRouter(8, 4, 2, bias_update_rate=0.1, mean_ffn_experts=1.0),
+}
+
+
+def state_after(name, parts):
+    """The buffers of this router after three updates with these micro-batches. A shifted weight makes the ranks disagree."""
+    torch.manual_seed(0)
+    router = STATEFUL[name]().double()
+    for _ in range(3):
+        router.update([router(*part) for part in parts])
+    return {key: value for key, value in router.state_dict().items() if key != "weight"}
+
+
 def work(rank):
     mine = slice(2 * rank, 2 * rank + 2)
     x, padding_mask = X[mine], UNEVEN[mine]
@@ -49,6 +66,8 @@ def work(rank):
     for rule in ("sign", "proportional"):
         out[rule] = bias([[(x[:1], padding_mask[:1]), (x[1:], padding_mask[1:])]] * 3, rule)
         out["idle " + rule] = bias([[(x, None)] if rank == 0 else []] * 3, rule)
+    for name in STATEFUL:
+        out[name] = state_after(name, [(LOPSIDED[mine], padding_mask)])
     return out
 
 
@@ -90,6 +109,16 @@ def test_a_rank_without_any_micro_batch_follows_the_others(ranks, rule):
     alone = bias([[(X[:2], None)]] * 3, rule)
     for out in ranks:
         assert torch.equal(out["idle " + rule], alone)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_what_a_router_learns_outside_the_gradient_is_the_same_on_all_ranks(ranks, name):
+    first, second = (out[name] for out in ranks)
+    alone = [state_after(name, [(LOPSIDED[part], UNEVEN[part])]) for part in (slice(0, 2), slice(2, 4))]
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+    # Each rank by itself would have learned something else, so they did listen to each other.
+    assert any(not torch.equal(alone[0][key], alone[1][key]) for key in first)
 
 
 def test_with_one_process_nothing_is_summed_and_a_new_tensor_is_returned():

@@ -140,3 +140,12 @@ def test_token_ids_of_another_shape_or_type_are_refused(token_ids):
 def test_a_wrong_option_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         HashRouter(8, 4, **options)
+
+
+def test_reset_writes_the_table_again_where_memory_was_empty():
+    with torch.device("meta"):
+        empty = HashRouter(8, 4, 2, vocab_size=32, seed=3)
+    empty = empty.to_empty(device="cpu")
+    empty.table.fill_(-7)
+    empty.reset_parameters()
+    assert torch.equal(empty.table, HashRouter(8, 4, 2, vocab_size=32, seed=3).table)

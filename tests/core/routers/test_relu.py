@@ -98,6 +98,30 @@ def test_one_update_counts_all_micro_batches_as_one_batch(seed, n, m, expansion)
     assert torch.equal(whole.l1_coefficient, parts.l1_coefficient)
 
 
+@pytest.mark.parametrize(("logits", "back"), [([-1.0, -1.0], [1.0, 1.0]), ([1.0, 1.0], [-1.0, -1.0])])
+def test_lambda_always_finds_its_way_back(logits, back):
+    def updates(values, n):
+        router, x = identity([values] * 3, l1_weight=1.0)
+        router.l1_coefficient.copy_(coefficient)
+        for _ in range(n):
+            router.update([router(x)])
+        return router.l1_coefficient.clone()
+
+    coefficient = torch.tensor(1.0)
+    far = coefficient = updates(logits, 800)  # far past the range of float32, were it not for the limits
+    assert far.isfinite() and far > 0
+    coefficient = updates(back, 800)
+    assert (coefficient / far).log().abs() > 10
+
+
+def test_reset_starts_lambda_again_also_where_memory_was_empty():
+    with torch.device("meta"):
+        router = ReLURouter(8, 4, l1_weight=0.25)
+    router = router.to_empty(device="cpu")
+    router.reset_parameters()
+    assert router.l1_coefficient == 0.25
+
+
 def test_without_a_token_lambda_stays():
     router, x = identity([[1.0, 1.0]], l1_weight=0.5)
     for routings in ([], [router(x[:, :0])], [router(x, torch.zeros(1, 1, dtype=torch.bool))]):

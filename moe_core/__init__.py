@@ -1,4 +1,4 @@
-"""moe_core: Mixture-of-Experts in plain PyTorch, small enough to read in an afternoon.
+"""moe_core: Mixture-of-Experts in plain PyTorch, one idea a file.
 
     x (B, N, D) --Router--> Routing --DispatchPlan--> rows (A, D) + counts (E,) --Experts--> rows --combine--> y (B, N, D)
 

@@ -45,7 +45,7 @@ def apply(routing: Routing, *, capacity_factor: float = 1.0, expert_capacity: in
         overflow=overflow,
         dropless=False,
         capacity_mask=routing.capacity_mask & ~over_BNK,
-        drop_reason=routing.drop_reason.masked_fill(over_BNK, DropReason.OVER_CAPACITY),
+        drop_reason=routing.drop_reason.masked_fill(over_BNK, DropReason.OVER_CAPACITY.value),
     )
 
 

@@ -5,6 +5,8 @@ import math
 from fractions import Fraction
 from typing import Callable
 
+import torch
+
 from ._validate import at_least, one_of, whole
 
 
@@ -13,7 +15,14 @@ def exact(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
 
     Source: Fedus et al. 2021 (arXiv 2101.03961), eq. 3, with K as in Megatron-LM.
     """
-    return math.ceil(Fraction(n_tokens * top_k, n_experts) * Fraction(str(factor)))
+    numerator, denominator = _as_written(factor)
+    return -(-n_tokens * top_k * numerator // (n_experts * denominator))
+
+
+@torch.compiler.assume_constant_result
+def _as_written(factor: float) -> tuple[int, int]:
+    """The decimal as a fraction of whole numbers. A constant: torch.compile need not look inside."""
+    return Fraction(str(factor)).as_integer_ratio()
 
 
 def megatron(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:

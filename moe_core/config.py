@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 
 from ._validate import at_least, between, boolean, one_of, top_k_fits, whole
+from .activations import Activation
 from .capacity import CapacityRule
-from .experts import ACTIVATIONS, BACKENDS
+from .experts import BACKENDS
 from .routers import ROUTERS, build, shared_defaults, top_k_is_a_mean
+from .shared_experts import COMBINE
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,10 @@ class MoEConfig:
         norm_topk_prob: renormalise the weights of the K chosen experts so that they sum to 1; None where the router decides.
         aux_loss_weight, z_loss_weight: coefficients of the load-balancing loss and of the z-loss; 0 leaves a loss out.
         jitter_noise: epsilon of the multiplicative noise on the router's input, in training only.
-        n_shared_experts: experts that every token visits besides its K; they are one MLP of width n_shared_experts * d_ff.
-        activation, glu, drop_path, backend: see ``Experts``.
+        n_shared_experts: experts that every token visits besides its K; they are one MLP of width n_shared_experts * shared_d_ff.
+        shared_d_ff: width of one shared expert, None for d_ff. shared_gate, shared_combine: see ``SharedExperts``.
+        activation, glu, bias, glu_limit, up_offset, dropout: of all experts, the shared ones included; see ``Experts``.
+        drop_path, backend: see ``Experts``.
         router_options: what only this router knows, name -> plain value, as in its class. The router is built once to check them.
 
     capacity_factor, norm_topk_prob, aux_loss_weight, z_loss_weight and jitter_noise belong to the routers that have such an
@@ -46,8 +50,15 @@ class MoEConfig:
     z_loss_weight: float | str = "default"
     jitter_noise: float | str = "default"
     n_shared_experts: int = 0
+    shared_d_ff: int | None = None
+    shared_gate: bool = False
+    shared_combine: str = "sum"
     activation: str = "silu"
     glu: bool = True
+    bias: bool = False
+    glu_limit: float | None = None
+    up_offset: float = 0.0
+    dropout: float = 0.0
     drop_path: float = 0.0
     backend: str = "auto"
     router_options: dict = field(default_factory=dict, hash=False)  # a dict has no hash
@@ -69,13 +80,21 @@ class MoEConfig:
             object.__setattr__(self, "capacity_factor", rule)
         if rule.overflow == "shared" and self.n_shared_experts == 0:
             raise ValueError("n_shared_experts=0 must be at least 1 where the overflow goes to the shared expert")
-        between(0.0, 1.0, jitter_noise=self.jitter_noise, drop_path=self.drop_path)
-        boolean(glu=self.glu)
-        one_of(ACTIVATIONS, activation=self.activation)
+        if self.n_shared_experts == 0 and (self.shared_d_ff, self.shared_gate, self.shared_combine) != (None, False, "sum"):
+            raise ValueError("n_shared_experts=0 must be at least 1 where shared_d_ff, shared_gate or shared_combine is given")
+        whole(1, shared_d_ff=self.d_ff if self.shared_d_ff is None else self.shared_d_ff)
+        one_of(COMBINE, shared_combine=self.shared_combine)
+        between(0.0, 1.0, jitter_noise=self.jitter_noise, dropout=self.dropout, drop_path=self.drop_path)
+        boolean(bias=self.bias, shared_gate=self.shared_gate)
+        Activation(self.activation, self.glu, self.glu_limit, self.up_offset)  # checks the four
         one_of(BACKENDS, backend=self.backend)
         object.__setattr__(self, "router_options", _plain(self.router_options))
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # to make a config draws no random number
             build(self)
+
+    def mlp_options(self) -> dict:
+        """What one expert is made of besides its size: the options of ``FeedForward`` and ``Experts``."""
+        return {name: getattr(self, name) for name in ("activation", "glu", "bias", "glu_limit", "up_offset", "dropout")}
 
     def to_dict(self) -> dict:
         """Plain values only, ready for JSON."""

@@ -3,10 +3,11 @@
 from torch import Tensor, nn
 
 from .config import MoEConfig
-from .experts import Experts, FeedForward
+from .experts import Experts
 from .routers import build
 from .routers.zero_computation import ZeroComputationRouter
 from .routing import Routing
+from .shared_experts import SharedExperts
 from .zero_computation import ZeroComputationExperts, ffn_routing
 
 
@@ -21,7 +22,7 @@ class MixtureOfExperts(nn.Module):
         config: an ``MoEConfig``.
 
     Attributes:
-        router: returns a ``Routing``. experts: an ``Experts``. shared_experts: a ``FeedForward`` every token visits, or None.
+        router: returns a ``Routing``. experts: an ``Experts``. shared_experts: a ``SharedExperts``, or None.
         zero_computation_experts: a ``ZeroComputationExperts`` behind a router that sends tokens there, or None.
     """
 
@@ -29,7 +30,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         self.config = config
         self.router = build(config)
-        mlp = {"activation": config.activation, "glu": config.glu}
+        mlp = config.mlp_options()
         self.experts = Experts(
             config.d_model, config.d_ff, config.n_experts, drop_path=config.drop_path, backend=config.backend, **mlp
         )
@@ -39,7 +40,10 @@ class MixtureOfExperts(nn.Module):
             self.zero_computation_experts = ZeroComputationExperts(config.d_model, *cheap)
         self.shared_experts = None
         if config.n_shared_experts:
-            self.shared_experts = FeedForward(config.d_model, config.n_shared_experts * config.d_ff, **mlp)
+            self.shared_experts = SharedExperts(
+                config.d_model, config.shared_d_ff or config.d_ff, config.n_shared_experts, gated=config.shared_gate,
+                combine=config.shared_combine, **mlp
+            )
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
         """Route, compute, combine.

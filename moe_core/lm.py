@@ -60,12 +60,14 @@ class LMConfig:
         Experts without computation count like the others: K is then the most that a token may cost.
 
         Raises:
-            ValueError: the model is dense already.
+            ValueError: the model is dense already, or its experts have what the dense layer has not (biases, clamps, dropout).
         """
         if self.moe is None:
             raise ValueError("moe=None: the model is dense already")
         moe = self.moe
-        d_ff = round((moe.top_k + moe.n_shared_experts) * moe.d_ff)  # a mean K may be a fraction
+        if (moe.bias, moe.glu_limit, moe.up_offset, moe.dropout) != (False, None, 0.0, 0.0):
+            raise ValueError("bias, glu_limit, up_offset and dropout of moe must be off: the dense layer of an LMConfig has none of them")
+        d_ff = round(moe.top_k * moe.d_ff + moe.n_shared_experts * (moe.shared_d_ff or moe.d_ff))  # a mean K may be a fraction
         return replace(self, moe=None, d_ff=d_ff, activation=moe.activation, glu=moe.glu)
 
     def to_dict(self) -> dict:

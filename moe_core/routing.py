@@ -81,7 +81,7 @@ class Routing:
     @property
     def selected_mask(self) -> Tensor:
         """(B, N, K) bool: the slots the router asked for, whether or not there was room."""
-        return self.capacity_mask | (self.drop_reason == DropReason.OVER_CAPACITY)
+        return self.capacity_mask | (self.drop_reason == DropReason.OVER_CAPACITY.value)
 
     @property
     def tokens_per_expert(self) -> Tensor:
@@ -91,7 +91,7 @@ class Routing:
     @property
     def drop_rate(self) -> Tensor:
         """Scalar: the share of selected slots that found no room; 0 when nothing was selected."""
-        dropped = (self.drop_reason == DropReason.OVER_CAPACITY).sum()
+        dropped = (self.drop_reason == DropReason.OVER_CAPACITY.value).sum()
         return dropped / self.selected_mask.sum().clamp(min=1)
 
     @property
@@ -101,7 +101,7 @@ class Routing:
         A layer adds overflow_weight * shared(x), besides what the shared expert does anyway. Carries gradient: the router
         learns from a dropped slot too.
         """
-        over_BNK = self.drop_reason == DropReason.OVER_CAPACITY
+        over_BNK = self.drop_reason == DropReason.OVER_CAPACITY.value
         if self.overflow == "drop":
             over_BNK = torch.zeros_like(over_BNK)
         return self.expert_weights.masked_fill(~over_BNK, 0).sum(-1)
@@ -161,13 +161,13 @@ class Routing:
         _require(real_BN.shape == tokens and real_BN.dtype == torch.bool, f"padding_mask must be bool of shape {tuple(tokens)}")
         in_range = (self.expert_indices >= 0) & (self.expert_indices < E)
         _require(bool(in_range.all()), f"expert_indices must lie in [0, {E})")
-        _require(torch.equal(self.capacity_mask, self.drop_reason == DropReason.KEPT), "capacity_mask and drop_reason disagree")
+        _require(torch.equal(self.capacity_mask, self.drop_reason == DropReason.KEPT.value), "capacity_mask and drop_reason disagree")
         _require(not self.dropless or bool(self.capacity_mask.all()), "the routing is dropless, but not every slot is kept")
         known = torch.isin(self.drop_reason, torch.tensor(list(DropReason), dtype=torch.int8, device=self.drop_reason.device))
         _require(bool(known.all()), "drop_reason holds a code that is no DropReason")
-        padding = self.drop_reason == DropReason.PADDING
+        padding = self.drop_reason == DropReason.PADDING.value
         _require(not bool(padding[real_BN].any()), "a real token has the reason PADDING")
-        over = self.drop_reason == DropReason.OVER_CAPACITY
+        over = self.drop_reason == DropReason.OVER_CAPACITY.value
         _require(self.capacity is not None or not bool(over.any()), "a slot is over capacity, but capacity is None")
         chosen_BNE = torch.zeros(*tokens, E, dtype=torch.int64, device=self.logits.device)
         chosen_BNE.scatter_add_(-1, self.expert_indices, self.selected_mask.long())

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._autocast import no_autocast
 from ._validate import whole
 from .experts import Experts
 
@@ -60,7 +61,7 @@ class SoftMoE(nn.Module):
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x has shape {tuple(x.shape)}, must be (B, N, d_model={self.d_model})")
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             phi = self.scale.to(dtype) * F.normalize(self.phi.to(dtype), dim=0)
             logits_BNS = F.normalize(x.to(dtype), dim=-1) @ phi
         if padding_mask is None:
@@ -81,10 +82,10 @@ class SoftMoE(nn.Module):
         """
         dispatch_BNS, combine_BNS = self.mixing_weights(x, padding_mask)
         B, E, S = x.shape[0], self.n_experts, self.slots_per_expert
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             slots_BSD = torch.einsum("bns,bnd->bsd", dispatch_BNS, x.to(dispatch_BNS.dtype)).to(x.dtype)
         rows_AD = slots_BSD.view(B, E, S, self.d_model).transpose(0, 1).reshape(E * B * S, self.d_model)
         rows_AD = self.experts.run_rows(rows_AD, torch.full((E,), B * S, device=x.device))
         slots_BSD = rows_AD.view(E, B, S, self.d_model).transpose(0, 1).reshape(B, E * S, self.d_model)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             return torch.einsum("bns,bsd->bnd", combine_BNS, slots_BSD.to(combine_BNS.dtype)).to(x.dtype)

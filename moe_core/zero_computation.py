@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from ._autocast import no_autocast
 from ._validate import whole
 from .routing import DropReason, Routing
 
@@ -20,7 +21,7 @@ def ffn_routing(routing: Routing, n_experts: int) -> Routing:
     return replace(
         routing, expert_indices=routing.expert_indices.masked_fill(elsewhere_BNK, 0),
         capacity_mask=routing.capacity_mask & ~elsewhere_BNK,
-        drop_reason=routing.drop_reason.masked_fill(elsewhere_BNK & routing.selected_mask, DropReason.NOT_SELECTED),
+        drop_reason=routing.drop_reason.masked_fill(elsewhere_BNK & routing.selected_mask, DropReason.NOT_SELECTED.value),
         logits=routing.logits[..., :n_experts], scores=routing.scores[..., :n_experts], losses={}, normalized=False, dropless=False,
     )
 
@@ -82,7 +83,7 @@ class ZeroComputationExperts(nn.Module):
         weights_BNK = routing.expert_weights.masked_fill(~routing.capacity_mask, 0)
         weights_BNE = torch.zeros_like(routing.scores).scatter_add(-1, routing.expert_indices, weights_BNK)
         _ffn, _zero, copy_BNZ, constant_BNZ = weights_BNE.split([n_ffn, *self.kinds], dim=-1)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             x_BND = x.to(weights_BNK.dtype)
             mix_BNZ2 = torch.einsum("bnd,zad->bnza", x_BND, self.mix_weight.to(x_BND.dtype)).softmax(-1)
             mixed_BNZ2 = constant_BNZ.unsqueeze(-1) * mix_BNZ2

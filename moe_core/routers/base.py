@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._autocast import no_autocast
 from .. import losses
 from .._validate import at_least, between, whole
 from ..capacity import CapacityRule
@@ -80,7 +81,7 @@ class Router(nn.Module):
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             raise ValueError(f"x has shape {tuple(x.shape)}, must be (B, N, d_model={self.d_model})")
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             x = x.to(dtype)
             if self.training and self.jitter_noise > 0:
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
@@ -104,14 +105,14 @@ class Router(nn.Module):
         Raises:
             ValueError: padding_mask has the wrong shape or dtype.
         """
-        reason_BNK = torch.full_like(indices_BNK, DropReason.KEPT, dtype=torch.int8)
+        reason_BNK = torch.full_like(indices_BNK, DropReason.KEPT.value, dtype=torch.int8)
         if selected_BNK is not None:
-            reason_BNK = reason_BNK.masked_fill(~selected_BNK, DropReason.NOT_SELECTED)
+            reason_BNK = reason_BNK.masked_fill(~selected_BNK, DropReason.NOT_SELECTED.value)
         if padding_mask is not None:
             require_padding_mask(padding_mask, indices_BNK.shape[:2])
-            reason_BNK = reason_BNK.masked_fill(~padding_mask.unsqueeze(-1), DropReason.PADDING)
+            reason_BNK = reason_BNK.masked_fill(~padding_mask.unsqueeze(-1), DropReason.PADDING.value)
         routing = Routing(
-            expert_indices=indices_BNK, expert_weights=weights_BNK, capacity_mask=reason_BNK == DropReason.KEPT,
+            expert_indices=indices_BNK, expert_weights=weights_BNK, capacity_mask=reason_BNK == DropReason.KEPT.value,
             logits=logits_BNE, scores=scores_BNE, drop_reason=reason_BNK, padding_mask=padding_mask, normalized=normalized,
             dropless=padding_mask is None and selected_BNK is None, weights_on=weights_on,
         )

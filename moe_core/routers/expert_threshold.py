@@ -104,8 +104,8 @@ class ExpertThresholdRouter(Router):
                              selected_BNK=selected_BNE, apply_capacity=False)
         if capacity is None:
             return routing
-        reason_BNE = routing.drop_reason.masked_fill(selected_BNE & ~kept_BNE, DropReason.OVER_CAPACITY)
-        return replace(routing, capacity=capacity, drop_reason=reason_BNE, capacity_mask=reason_BNE == DropReason.KEPT)
+        reason_BNE = routing.drop_reason.masked_fill(selected_BNE & ~kept_BNE, DropReason.OVER_CAPACITY.value)
+        return replace(routing, capacity=capacity, drop_reason=reason_BNE, capacity_mask=reason_BNE == DropReason.KEPT.value)
 
     @torch.no_grad()
     def update(self, routings: Sequence[Routing]) -> None:

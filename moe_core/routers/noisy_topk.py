@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._autocast import no_autocast
 from .. import losses
 from .._validate import at_least, top_k_fits
 from ..capacity import CapacityRule
@@ -60,7 +61,7 @@ class NoisyTopKRouter(Router):
     def noise_std(self, x: Tensor) -> Tensor:
         """sigma, (B, N, D) -> (B, N, E) in float32 at least."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             return F.softplus(F.linear(x.to(dtype), self.noise_weight.to(dtype))) + self.noise_epsilon
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:

@@ -51,13 +51,16 @@ def routing_of(indices, n_experts, *, scores=None, weights=None, reasons=None, p
 
 def mlp_of_expert(experts, e, x):
     """f_e(x) for one token, from the formula."""
-    projected = experts.gate_up_proj[e] @ x
+    bias = experts.gate_up_bias is not None
+    projected = experts.gate_up_proj[e] @ x + (experts.gate_up_bias[e] if bias else 0)
     if experts.glu:
         gate, up = projected[: experts.d_ff], projected[experts.d_ff :]
-        hidden = ACTIVATIONS[experts.activation](gate) * up
+        if experts.act.limit is not None:
+            gate, up = gate.minimum(gate.new_tensor(experts.act.limit)), up.clamp(-experts.act.limit, experts.act.limit)
+        hidden = ACTIVATIONS[experts.activation](gate) * (up + experts.act.up_offset)
     else:
         hidden = ACTIVATIONS[experts.activation](projected)
-    return experts.down_proj[e] @ hidden
+    return experts.down_proj[e] @ hidden + (experts.down_bias[e] if bias else 0)
 
 
 def experts_token_by_token(experts, x, routing):

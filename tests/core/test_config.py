@@ -18,8 +18,9 @@ MOE, LM, ROUTER, EXPERTS, DENSE = (
     (Experts, {"d_model": 8, "d_ff": 16, "n_experts": 4}),
     (FeedForward, {"d_model": 8, "d_ff": 16}),
 )
+SHARED = (config, {"n_shared_experts": 2})
 WHOLE, AT_LEAST_0, BELOW_1 = "must be a whole number, at least 1", "must be at least 0 and finite", "must be at least 0.0 and below 1.0"
-ACTIVATION = "must be one of 'silu', 'gelu', 'relu', 'relu2'"
+ACTIVATION = "must be one of 'silu', 'gelu', 'relu', 'relu2', 'quick_gelu'"
 
 WRONG = [
     *[(made, name, value, WHOLE) for value in (0, -1, 2.0, True, "8", None) for made, name in [
@@ -33,8 +34,14 @@ WRONG = [
       for name in ("capacity_factor", "aux_loss_weight", "z_loss_weight")],
     *[(made, "jitter_noise", value, BELOW_1) for value in (-0.1, 1.0, math.nan, None) for made in (MOE, ROUTER)],
     *[(made, "drop_path", value, BELOW_1) for value in (-0.1, 1.0, math.nan, None) for made in (MOE, EXPERTS)],
+    *[(made, "dropout", value, BELOW_1) for value in (-0.1, 1.0, None) for made in (MOE, EXPERTS, DENSE)],
+    *[(made, "glu_limit", value, AT_LEAST_0) for value in (-1.0, math.nan, "7") for made in (MOE, EXPERTS, DENSE)],
+    *[(made, "bias", value, "must be True or False") for value in (1, None) for made in (MOE, EXPERTS, DENSE)],
+    *[(SHARED, "shared_d_ff", value, WHOLE) for value in (0, 2.0, True)],
+    (SHARED, "shared_gate", 1, "must be True or False"),
+    (SHARED, "shared_combine", "max", "must be one of 'sum', 'mean'"),
     *[(made, "activation", value, ACTIVATION) for value in ("swish", "", None, ["silu"]) for made in (MOE, EXPERTS, DENSE)],
-    *[(made, "backend", "triton", "must be one of 'auto', 'loop', 'grouped'") for made in (MOE, EXPERTS)],
+    *[(made, "backend", "triton", "must be one of 'auto', 'loop', 'padded', 'grouped', 'fused'") for made in (MOE, EXPERTS)],
     *[(MOE, "n_shared_experts", value, "must be a whole number, at least 0") for value in (-1, 0.5, True)],
     *[(made, name, value, "must be True or False") for value in ("no", 1, None) for made, name in [
         (MOE, "glu"), (EXPERTS, "glu"), (DENSE, "glu"), (LM, "glu"), (MOE, "norm_topk_prob"), (ROUTER, "norm_topk_prob")]],
@@ -92,8 +99,8 @@ def test_a_config_dict_holds_every_field():
 
 @pytest.mark.parametrize("cls", [MoEConfig, LMConfig])
 def test_unknown_keys_are_refused_by_name(cls):
-    with pytest.raises(ValueError, match=f"unknown keys in {cls.__name__}: dropout, width"):
-        cls.from_dict({"d_model": 8, "width": 3, "dropout": 0.1})
+    with pytest.raises(ValueError, match=f"unknown keys in {cls.__name__}: depth, width"):
+        cls.from_dict({"d_model": 8, "width": 3, "depth": 0.1})
 
 
 def test_the_keys_inside_moe_are_checked_too():

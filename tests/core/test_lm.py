@@ -107,10 +107,19 @@ def flops(cfg: LMConfig) -> int:
 @pytest.mark.parametrize("moe", [{}, {"top_k": 1}, {"n_shared_experts": 2}, {"top_k": 4, "aux_loss_weight": 0.01},
                                  {"glu": False, "activation": "relu2"}], ids=str)
 def test_the_dense_twin_costs_the_same_but_for_the_router_and_the_weighting(moe):
-    cfg = lm_config(backend="loop", **moe)
-    T, D, E, K = 2 * 8, 16, 4, cfg.moe.top_k
-    weighting = K * D if K > 1 else 0  # for one slot it is no matmul, and the counter counts nothing else
-    assert flops(cfg) - flops(cfg.dense_twin()) == cfg.n_layers * 2 * T * (D * E + weighting)
+    T, D, E = 2 * 8, 16, 4
+    for backend in ("loop", "fused", "padded"):  # padded multiplies empty places too
+        cfg = lm_config(backend=backend, **moe)
+        more = flops(cfg) - flops(cfg.dense_twin()) - cfg.n_layers * 2 * T * D * (E + cfg.moe.top_k)
+        assert more == 0 if backend != "padded" else more >= 0
+
+
+def test_a_training_step_costs_three_times_the_forward_pass():
+    for backend in ("loop", "fused"):
+        lm = model(lm_config(backend=backend))
+        with FlopCounterMode(display=False) as counter:
+            lm(tokens())[0].sum().backward()
+        assert counter.get_total_flops() == 3 * flops(lm_config(backend=backend))
 
 
 def test_the_dense_twin_differs_in_the_feed_forward_layers_only():

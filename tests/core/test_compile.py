@@ -1,0 +1,52 @@
+"""torch.compile of the whole layer: one graph, the same numbers."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moe_core import MixtureOfExperts
+
+from .helpers import config, randn, seeded
+
+
+def step(call, moe, x):
+    """Output, and the gradients of x and every parameter."""
+    x = x.detach().requires_grad_()
+    y, routing = call(x)
+    return y, *torch.autograd.grad(y.square().sum() + routing.aux_loss, (x, *moe.parameters()))
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_compiled():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": 1.0}, {"capacity_factor": 1.0, "backend": "padded"}, {"bias": True, "n_shared_experts": 1}],
+                         ids=str)
+def test_the_compiled_layer_is_one_graph_with_equal_numbers(options):
+    moe, x = seeded(MixtureOfExperts, config(aux_loss_weight=0.01, **options)), randn(2, 6, 8)
+    graphs = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(moe, fullgraph=True, backend=graphs)
+    for a, b in zip(step(compiled, moe, x), step(moe, moe, x)):
+        assert torch.allclose(a, b, atol=1e-5, rtol=1e-5)
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": 1.0}], ids=str)
+def test_fake_bfloat16_on_a_device_is_one_graph_too(options):
+    """As it would be traced on a GPU, which is not here: shapes and dtypes only, and the grouped matmul in the graph."""
+    torch.set_default_dtype(torch.bfloat16)
+    graphs = CompileCounterWithBackend("aot_eager")
+    try:
+        with FakeTensorMode(), torch.device("meta"):
+            moe = MixtureOfExperts(config(aux_loss_weight=0.01, **options))
+            y, routing = torch.compile(moe, fullgraph=True, backend=graphs)(torch.randn(2, 3, 8, requires_grad=True))
+            (y.square().sum() + routing.aux_loss).backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert graphs.frame_count == 1 and y.dtype == torch.bfloat16 and y.shape == (2, 3, 8)
+    calls = [str(node.target) for node in graphs.graphs[0].graph.nodes if node.op == "call_function"]
+    assert sum("grouped_mm" in call for call in calls) == 2 and moe.experts.down_proj.grad is not None

@@ -207,21 +207,27 @@ def mean_losses(results: dict, arm: str, future: str) -> list[float]:
 
 
 def verdicts(results: dict) -> dict:
-    """Reproduced: in every seed the smallest pool trains at least 5 % below token choice, and a false future takes at least that gain away
-    again, in every seed. Partly: a false future hurts expert choice in every seed and pool, but the loss is not that low. Else: not."""
-    honest, low = mean_losses(results, "token choice", "true"), mean_losses(results, "pool 4", "true")
-    false = mean_losses(results, "pool 4", "false")
-    gains = [1 - b / a for a, b in zip(honest, low)]
-    pools = [arm for arm in results if arm.startswith("pool")]
-    leaks = {arm: [f - t for f, t in zip(mean_losses(results, arm, "false"), mean_losses(results, arm, "true"))] for arm in pools}
-    if all(g >= 0.05 for g in gains) and all(f >= a for f, a in zip(false, honest)):
-        verdict = "reproduced"
-    else:
-        verdict = "partly" if all(leak > 0 for found in leaks.values() for leak in found) else "not at this scale"
+    """Partly: in every seed the smallest pool trains at least 5 % below token choice, and a false future takes at least that gain away again.
+    Reproduced: the same holds for a pool near the claim's 512 tokens (64 or 1024). Else: not. (The first rule, written before the run, asked
+    for the smallest pool only; the claim names 512, so this one is stricter.)"""
+    honest = mean_losses(results, "token choice", "true")
+
+    def gains(arm):
+        return [1 - low / a for a, low in zip(honest, mean_losses(results, arm, "true"))]
+
+    def cheats(arm):
+        return all(g >= 0.05 for g in gains(arm)) and all(f >= a for f, a in zip(mean_losses(results, arm, "false"), honest))
+
+    def rise(arm):
+        return mean([f - t for f, t in zip(mean_losses(results, arm, "false"), mean_losses(results, arm, "true"))])
+
     mean = lambda values: sum(values) / len(values)  # noqa: E731
-    because = (f"With pools of 4 tokens the held-out loss is {mean(gains):.1%} below token choice's ({min(gains):.1%} to {max(gains):.1%}); with another "
-               f"text in place of the future it rises by {mean(leaks['pool 4']):.2f} nats per byte. With pools of 16, 64 and 1024 tokens it rises by "
-               f"{mean(leaks['pool 16']):.3f}, {mean(leaks['pool 64']):.3f} and {mean(leaks['pool 1024']):.3f}.")
+    near = max(mean(gains("pool 64")), mean(gains("pool 1024")))
+    because = (f"With pools of 4 tokens the held-out loss is {mean(gains('pool 4')):.1%} below token choice's ({min(gains('pool 4')):.1%} to "
+               f"{max(gains('pool 4')):.1%}); with another text in place of the future it rises by {rise('pool 4'):.2f} nats per byte. With pools of 16, 64 and "
+               f"1024 it rises by {rise('pool 16'):.3f}, {rise('pool 64'):.3f} and {rise('pool 1024'):.3f}. Near the claim's 512 tokens the loss is at most "
+               f"{near:.1%} lower.")
+    verdict = ("reproduced" if cheats("pool 64") or cheats("pool 1024") else "partly") if cheats("pool 4") else "not at this scale"
     return {"expert-choice-leaks": {"verdict": verdict, "because": because}}
 
 

@@ -26,7 +26,7 @@ def from_block(hf_block: nn.Module, hf_config) -> MixtureOfExperts:
         ValueError: the family is unknown, an option has no counterpart, or a weight is missing, unexpected or of another shape than the
             family's layout says.
     """
-    moe = _empty(config_of(hf_block, hf_config))
+    moe = check(hf_block, hf_config)
     moe.load_state_dict(read(hf_block, moe, hf_block.state_dict()), assign=True)
     copy_flags(hf_block, moe, reverse=False)
     return moe.train(hf_block.training)
@@ -51,16 +51,23 @@ def to_block(moe: MixtureOfExperts, hf_block: nn.Module, hf_config=None) -> nn.M
     if hf_config is not None:
         _same_options(moe.config, config_of(hf_block, hf_config))
     theirs = hf_block.state_dict()
-    read(hf_block, moe, {name: tensor.to("meta") for name, tensor in theirs.items()})  # all that can be wrong is wrong here
+    read(hf_block, moe, _without_memory(theirs))  # all that can be wrong is wrong here
     for name, tensor in write(hf_block, moe).items():
         theirs[name].copy_(tensor)
     return hf_block
 
 
-def _empty(config: MoEConfig) -> MixtureOfExperts:
-    """The module without memory and without a random number drawn."""
-    with torch.device("meta"):
-        return MixtureOfExperts(config)
+def check(hf_block: nn.Module, hf_config) -> MixtureOfExperts:
+    """Raise what ``from_block`` would, and return what it would, but without memory (on the meta device)."""
+    config = config_of(hf_block, hf_config)
+    with torch.device("meta"):  # draws no random number either
+        moe = MixtureOfExperts(config)
+    read(hf_block, moe, _without_memory(hf_block.state_dict()))
+    return moe
+
+
+def _without_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.to("meta") for name, tensor in tensors.items()}
 
 
 def _layouts(hf_block: nn.Module, moe: MixtureOfExperts) -> dict:
@@ -102,11 +109,13 @@ def copy_flags(hf_block: nn.Module, moe: MixtureOfExperts, *, reverse: bool) -> 
     """What is frozen on one side is frozen on the other."""
     theirs, ours = dict(hf_block.named_parameters()), dict(moe.named_parameters())
     for name, (_, sources, _) in _layouts(hf_block, moe).items():
-        for source in sources:
-            if name in ours and reverse:
+        if name not in ours:
+            continue  # a buffer
+        if reverse:
+            for source in sources:
                 theirs[source].requires_grad_(ours[name].requires_grad)
-            elif name in ours:
-                ours[name].requires_grad_(theirs[source].requires_grad)
+        else:
+            ours[name].requires_grad_(any(theirs[source].requires_grad for source in sources))
 
 
 def _same_options(ours: MoEConfig, theirs: MoEConfig) -> None:

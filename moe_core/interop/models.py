@@ -5,8 +5,8 @@ from torch import Tensor, nn
 
 from ..layer import MixtureOfExperts
 from ..routing import Routing
-from .blocks import copy_flags, from_block, write
-from .families import FAMILIES, config_of, family_of
+from .blocks import check, copy_flags, from_block, write
+from .families import FAMILIES, family_of
 
 
 class ConvertedBlock(nn.Module):
@@ -59,8 +59,8 @@ def convert(hf_model: nn.Module) -> nn.Module:
         hf_model, with a ``ConvertedBlock`` where a block was.
 
     Raises:
-        ValueError: the model has no MoE block, has one of an unknown family, or ``from_block`` refuses one. If the family or an
-            option is the reason, the model is as it was.
+        ValueError: the model has no MoE block, has one of an unknown family, or ``from_block`` refuses one. The model is then as it
+            was.
     """
     blocks = {name: module for name, module in hf_model.named_modules() if type(module).__name__ in FAMILIES}
     unknown = {type(module).__name__ for module in hf_model.modules() if hasattr(module, "experts")} - set(FAMILIES)
@@ -69,7 +69,7 @@ def convert(hf_model: nn.Module) -> nn.Module:
         found = f"has {', '.join(sorted(unknown))}, no block" if unknown else "has no MoE block"
         raise ValueError(f"{type(hf_model).__name__} {found} that can be read; those known are {', '.join(FAMILIES)}")
     for block in blocks.values():
-        config_of(block, hf_model.config)  # raises before anything is changed
+        check(block, hf_model.config)  # raises before anything is changed
     for name, block in blocks.items():
         _put(hf_model, name, ConvertedBlock(block, from_block(block, hf_model.config)))
     return hf_model

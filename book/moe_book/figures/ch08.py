@@ -1,4 +1,4 @@
-"""Chapter 8's own figures: choice against weight, loads and biases while a controller settles, experts in groups."""
+"""Chapter 8's own figure: panels of bars over the same experts, for scores and weights, loads and biases, and groups."""
 import plotly.graph_objects as go
 
 from .. import theme
@@ -27,8 +27,9 @@ def expert_panels(rows: dict, *, ranges: dict, filled: dict, groups: int = 1, li
         low, high = ranges[title]
         absent = [v == float("-inf") for v in value_E]
         traces.append(go.Bar(
-            x=list(range(E)), y=[0 if gone else float(v) for v, gone in zip(value_E, absent)], name=title, yaxis=axis, textposition="outside",
-            textangle=0, cliponaxis=False, text=["×" if gone else f"{v:.{digits}f}".replace("-", "−") for v, gone in zip(value_E, absent)],
+            x=list(range(E)), y=[0 if gone else float(v) for v, gone in zip(value_E, absent)], name=title, yaxis=axis, textangle=0,
+            textposition="inside" if lines and title in lines else "outside", insidetextanchor="start",  # a line would cross what stands on top
+             cliponaxis=False, text=["×" if gone else f"{v:.{digits}f}".replace("-", "−") for v, gone in zip(value_E, absent)],
             marker={"color": [c if yes else theme.CLEAR for c, yes in zip(colors, solid_E)], "line": {"color": colors, "width": 2}}))
         if lines and title in lines:
             traces.append(go.Scatter(x=[-0.5, E - 0.5], y=[lines[title]] * 2, mode="lines", yaxis=axis, name=f"{title}: line",
@@ -44,26 +45,3 @@ def expert_panels(rows: dict, *, ranges: dict, filled: dict, groups: int = 1, li
         traces, height=height, bargap=0.4, margin={"l": 64, "r": 16, "t": 8, "b": 44}, shapes=shapes, **layout,
         xaxis={"title": {"text": "expert"}, "range": [-0.5, E - 0.5], "tickvals": list(range(E)), "ticktext": [str(e) for e in range(E)],
                "anchor": "y" if n == 1 else f"y{n}"})
-
-
-def two_measures(points: dict, *, x_title: str, y_title: str, x_range, y_range, highlight: tuple = (), height: int = 400) -> go.Figure:
-    """Arms as clouds of dots in a plane, one dot a seed, the name at the mean; the x axis is logarithmic.
-
-    Args:
-        points: name -> (x (S,), y (S,)). highlight: names drawn solid; the others are hollow; empty draws all solid.
-        x_range, y_range: (low, high) in data units.
-    """
-    import math
-
-    traces = []
-    for i, (name, (x, y)) in enumerate(points.items()):
-        x_S, y_S, color = array(x, 1, name), array(y, 1, name), theme.OKABE_ITO[i % 8]
-        solid = not highlight or name in highlight
-        traces.append(go.Scatter(x=x_S.tolist(), y=y_S.tolist(), mode="markers", name=name, cliponaxis=False, marker={
-            "size": 11, "color": theme.fade(color, 0.6) if solid else theme.CLEAR, "line": {"color": color, "width": 1.5}}))
-        if solid:
-            traces.append(go.Scatter(x=[float(x_S.mean())], y=[float(y_S.max())], mode="text", text=[name], textposition="top center",
-                                     cliponaxis=False, name=f"{name}: name"))
-    return theme.figure(traces, height=height, margin={"l": 64, "r": 24, "t": 16, "b": 48},
-                        xaxis={"title": {"text": x_title}, "type": "log", "range": [math.log10(v) for v in x_range], "showgrid": True},
-                        yaxis={"title": {"text": y_title}, "range": list(y_range)})

@@ -54,6 +54,17 @@ def load(name: str) -> dict:
     raise FileNotFoundError(f"no stored run {name!r}; there are {sorted(p.stem for p in FOLDER.glob('*.json'))}")
 
 
+def reproductions() -> list[dict]:
+    """Every claim that a stored run tested: its run, id, claim, source (a key of references.bib), verdict and because."""
+    folder = FOLDER if FOLDER.is_dir() else Path(__file__).resolve().parent / "stored_runs"
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        for key, claim in record["config"].get("claims", {}).items():
+            found.append({"run": path.stem, "id": key, **claim, **record["results"]["verdicts"][key]})
+    return found
+
+
 def _rounded(value):
     if isinstance(value, float):
         return float(f"{value:.5g}")

@@ -12,8 +12,6 @@ from .layer import MixtureOfExperts
 from .lm import LanguageModel
 from .routers import TopKRouter
 
-_MLP_OPTIONS = ("activation", "glu", "bias", "glu_limit", "up_offset")
-
 
 def upcycle(dense: FeedForward | LanguageModel, config: MoEConfig, *, noise: float = 0.0, router_std: float = 0.02,
             generator: torch.Generator | None = None) -> MixtureOfExperts | LanguageModel:
@@ -84,9 +82,12 @@ def _slices(dense: FeedForward, moe: MixtureOfExperts) -> int:
     d_ff, d_model = dense.down_proj.in_features, dense.down_proj.out_features
     if config.d_model != d_model:
         raise ValueError(f"d_model={config.d_model} must be {d_model}, the dense layer's")
-    for name in _MLP_OPTIONS:
-        if getattr(config, name, None) != getattr(dense, name, None):
-            raise ValueError(f"{name}={getattr(config, name)!r} must be {getattr(dense, name)!r}, the dense layer's")
+    options = {"activation": dense.activation, "glu": dense.glu}
+    if hasattr(dense, "act"):
+        options |= {"bias": dense.down_proj.bias is not None, "glu_limit": dense.act.limit, "up_offset": dense.act.up_offset}
+    for name, value in options.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{name}={getattr(config, name)!r} must be {value!r}, the dense layer's")
     if d_ff % config.d_ff:
         raise ValueError(f"d_ff={config.d_ff} must be {d_ff}, the dense layer's, or divide it")
     m = d_ff // config.d_ff

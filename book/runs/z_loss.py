@@ -1,6 +1,6 @@
 """Does the z-loss keep the router's logits bounded, and what does it cost? The same small language model with three coefficients.
 
-The learning rate is three times that of the book's other runs: with theirs the logits hardly grow in so few steps.
+The learning rate is ten times that of the book's other runs: with theirs the logits hardly grow in so few steps.
 
 Run it with `python book/runs/z_loss.py` (about two minutes on one quiet CPU core); chapter 5 shows z_loss.json.
 """
@@ -17,7 +17,7 @@ from moe_core import LanguageModel, LMConfig, MoEConfig, losses
 from tqdm import tqdm
 
 SEEDS = [0, 1, 2]
-CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 64, "batch_size": 16, "steps": 300, "lr": 1e-2, "d_ff": 128, "n_experts": 8,
+CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 64, "batch_size": 16, "steps": 300, "lr": 3e-2, "d_ff": 128, "n_experts": 8,
           "top_k": 2, "aux_loss_weight": 0.01}
 COEFFICIENTS = [0.0, 0.001, 0.01]
 CLAIMS = {"z-loss-bounds-logits": {
@@ -25,22 +25,27 @@ CLAIMS = {"z-loss-bounds-logits": {
 
 
 def verdicts(results: dict) -> dict:
-    """With 0.001, in every seed and at the end: is the mean squared logsumexp below half of what it is without, is the largest logit lower,
-    and is the largest absolute logit lower? No cost: mean held-out loss at most 0.01 nats above. All: reproduced; the first: partly."""
+    """With 0.001, in every seed: is the mean squared logsumexp below half of what it is without at the end, and are the largest logit and
+    the largest absolute logit, at their peak over the run, lower? No cost: mean held-out loss at most 0.01 nats above. All: reproduced; the
+    logsumexp and one of the peaks: partly."""
     def last(arm, key):
         return [max(one[key][-1]) for one in results[arm]]
 
-    pairs = {key: list(zip(last("0", key), last("0.001", key))) for key in ("z", "largest", "largest_absolute")}
+    def peak(arm, key):
+        return [max(max(layers) for layers in one[key]) for one in results[arm]]
+
+    pairs = {"z": list(zip(last("0", "z"), last("0.001", "z")))}
+    pairs |= {key: list(zip(peak("0", key), peak("0.001", key))) for key in ("largest", "largest_absolute")}
     smaller = all(b < a / 2 for a, b in pairs["z"])
-    bounded = all(b < a for key in ("largest", "largest_absolute") for a, b in pairs[key])
+    lower = [all(b < a for a, b in pairs[key]) for key in ("largest", "largest_absolute")]
     final = [[one["valid_loss"][-1] for one in results[arm]] for arm in ("0", "0.001")]
     cost = sum(final[1]) / len(final[1]) - sum(final[0]) / len(final[0])
-    verdict = "not at this scale" if not smaller else "reproduced" if bounded and cost <= 0.01 else "partly"
+    verdict = "not at this scale" if not (smaller and any(lower)) else "reproduced" if all(lower) and cost <= 0.01 else "partly"
     mean = {key: [sum(side) / len(side) for side in zip(*values)] for key, values in pairs.items()}
     return {"z-loss-bounds-logits": {"verdict": verdict, "because": (
-        f"squared logsumexp {mean['z'][0]:.1f} without and {mean['z'][1]:.1f} with z-loss, largest logit {mean['largest'][0]:.1f} and "
-        f"{mean['largest'][1]:.1f}, largest absolute logit {mean['largest_absolute'][0]:.1f} and {mean['largest_absolute'][1]:.1f}; held-out "
-        f"loss {cost:+.3f} nats, mean of {len(final[0])} seeds")}}
+        f"squared logsumexp {mean['z'][0]:.1f} without and {mean['z'][1]:.1f} with z-loss; peak of the largest logit {mean['largest'][0]:.1f} and "
+        f"{mean['largest'][1]:.1f}, of the largest absolute logit {mean['largest_absolute'][0]:.1f} and {mean['largest_absolute'][1]:.1f}; "
+        f"held-out loss {cost:+.3f} nats, mean of {len(final[0])} seeds")}}
 
 
 def run(coefficient: float, seed: int, text: corpus.Corpus) -> dict:

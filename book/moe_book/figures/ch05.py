@@ -5,6 +5,7 @@ import plotly.graph_objects as go
 from .. import theme
 from ._arrays import array
 
+
 def load_panels(panels: dict, *, top: float, uniform: float | None = None, y_title: str = "share of the slots", panel_height: int = 130) -> go.Figure:
     """One row of bars per name, one bar per expert, all on the same axis; the even load as a dashed line.
 
@@ -21,11 +22,9 @@ def load_panels(panels: dict, *, top: float, uniform: float | None = None, y_tit
         high, low = _span(i, n)
         colors, even = theme.expert_colors(E), 1 / E if uniform is None else uniform
         axis = "y" if i == 0 else f"y{i + 1}"
-        bars = go.Bar(x=list(range(E)), y=[round(v, 4) for v in load_E.tolist()], name=name, yaxis=axis, cliponaxis=False, textposition="outside", textangle=0,
-                      text=[f"{100 * v:.0f}" for v in load_E], marker={"color": colors, "line": {"color": colors, "width": 2}})
-        line = go.Scatter(x=[-0.5, E - 0.5], y=[even, even], mode="lines", yaxis=axis, hoverinfo="skip",
-                          line={"color": theme.INK, "dash": "dash", "width": 1.5})
-        traces += [bars, line]
+        bars = go.Bar(x=list(range(E)), y=[round(v, 4) for v in load_E.tolist()], name=name, yaxis=axis, cliponaxis=False,
+                      marker={"color": colors, "line": {"color": colors, "width": 2}})
+        traces += [bars, *_even_and_labels(load_E, even, yaxis=axis)]
         notes.append(_name(name, high))
         layout["yaxis" + axis[1:]] = {"domain": [low, high - 0.01], "range": [0, top], "tickformat": ".0%", "nticks": 4}
     E = len(array(next(iter(panels.values()))))
@@ -69,12 +68,12 @@ def score_strip(scores_TE, experts_T, *, height: int = 420) -> go.Figure:
     chosen = go.Scatter(x=list(range(T)), y=[1.09] * T, mode="markers", name="takes", cliponaxis=False,
                         marker={"symbol": "square", "size": 9, "color": [colors[e] for e in choice_T]})
     load_E = np.bincount(choice_T, minlength=E) / T
-    bars = go.Bar(x=list(range(E)), y=load_E.tolist(), xaxis="x2", yaxis="y2", name="load", cliponaxis=False, textposition="outside", textangle=0,
-                  text=[f"{100 * v:.0f}" for v in load_E], marker={"color": colors}, width=0.65)
-    even = go.Scatter(x=[-0.5, E - 0.5], y=[1 / E] * 2, xaxis="x2", yaxis="y2", mode="lines", line={"color": theme.INK, "dash": "dash", "width": 1.5})
+    bars = go.Bar(x=list(range(E)), y=load_E.tolist(), xaxis="x2", yaxis="y2", name="load", cliponaxis=False,
+                  marker={"color": colors}, width=0.65)
+    even = _even_and_labels(load_E, 1 / E, xaxis="x2", yaxis="y2")
     return theme.figure(
-        [*stacks, chosen, bars, even], height=height, barmode="stack", bargap=0.12, margin={"l": 56, "r": 12, "t": 22, "b": 44},
-        annotations=[_name("what the router says about each token, and what the token takes (square)", 1.0, shift=20),
+        [*stacks, chosen, bars, *even], height=height, barmode="stack", bargap=0.12, margin={"l": 56, "r": 12, "t": 34, "b": 44},
+        annotations=[_name("each token: probabilities, and its choice", 1.0, shift=4),
                      _name("load, % of the tokens", 0.33)],
         xaxis={"domain": [0, 1], "anchor": "y", "range": [-0.7, T - 0.3], "showticklabels": False, "title": {"text": ""}},
         yaxis={"domain": [0.46, 0.97], "range": [0, 1.16], "tickvals": [0, 0.5, 1], "title": {"text": "probability"}},
@@ -107,10 +106,19 @@ def tradeoff(names: list[str], panels: dict, *, x_title: str, height: int = 430)
                                "anchor": "y" if n == 1 else f"y{n}"})
 
 
+def _even_and_labels(load_E, even, **axes):
+    """The dashed line of the even load, and each share in percent: above its bar, and above the line where the bar is lower."""
+    E = len(load_E)
+    line = go.Scatter(x=[-0.5, E - 0.5], y=[even, even], mode="lines", hoverinfo="skip", line={"color": theme.INK, "dash": "dash", "width": 1.5}, **axes)
+    labels = go.Scatter(x=list(range(E)), y=[round(max(float(v), even), 4) for v in load_E], mode="text", text=[f"{100 * v:.0f}" for v in load_E],
+                        textposition="top center", hoverinfo="skip", cliponaxis=False, **axes)
+    return line, labels
+
+
 def _span(i, n):
     """Top and bottom of panel i of n; its name stands in the gap above it."""
     unit = 1 / n
-    return 1 - i * unit - 0.09, 1 - (i + 1) * unit + (0.02 if i < n - 1 else 0)
+    return 1 - i * unit - 0.09, 1 - (i + 1) * unit + (0.03 if i < n - 1 else 0)
 
 
 def _name(text, y, shift=2):

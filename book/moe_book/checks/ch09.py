@@ -186,8 +186,8 @@ EXERCISES = (
                  "the comparison is >=, not >. With > the byte itself never fits. Reread section 9.4."),
             Idea("turned around", _left(compare=torch.le), "You asked where the candidate wins. taken_E says that byte a won, so compare "
                  "scores_VE[a] >= scores_VE. Reread section 9.4."),
-            Idea("only those who took it", _left(compare=lambda own, other: (own >= other), join=lambda same: same.any(-1) | same.all(-1)),
-                 "A refusal says as much as a choice: use both, and ask for all experts. Reread section 9.4."),
+            Idea("only those who took it", lambda scores_VE, a, taken_E: ((scores_VE[a] >= scores_VE) | ~taken_E).all(-1), "You used only the "
+                 "experts that took a. A refusal says as much as a choice: there the other byte scored higher. Ask all of them. Reread section 9.4."),
         ),
     ),
     Exercise(

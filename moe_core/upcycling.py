@@ -19,8 +19,8 @@ def upcycle(dense: FeedForward | LanguageModel, config: MoEConfig, *, noise: flo
 
     .. math:: y = \sum_k w_k \, f_{e_k}(x) = f(x) \sum_k w_k = f(x) \quad \text{where} \quad \sum_k w_k = 1
 
-    So at step 0 the outputs are the dense model's, up to rounding, whatever the router chooses, as long as its weights are normalised
-    and no slot is dropped: with a capacity factor (or a router that skips slots) a token keeps the share w_k of each slot that stays.
+    So at step 0 the outputs are the dense model's, up to rounding, whatever the router chooses, as long as its weights are
+    normalised and no slot is dropped: with a capacity (or a router that skips slots) a token keeps the share w_k of what stays.
     Where the weights sum to a routed_scaling_factor gamma, the experts' down_proj is divided by it.
     Shared experts, if there are any, start with an output of zero. Equal experts also mean that the router's gradient through the
     output is 0 at first (and stays so for K = 1 with renormalised weights): the experts part before it learns whom to choose.

@@ -23,8 +23,8 @@ def from_block(hf_block: nn.Module, hf_config) -> MixtureOfExperts:
         On the block's device, in its dtype, its mode (training or eval) and with its requires_grad.
 
     Raises:
-        ValueError: the family is unknown, an option has no counterpart, or a weight is missing, unexpected or of another shape than the
-            family's layout says.
+        ValueError: the family is unknown, an option has no counterpart, or a weight is missing, unexpected or of another shape than
+            the family's layout says.
     """
     moe = check(hf_block, hf_config)
     moe.load_state_dict(read(hf_block, moe, hf_block.state_dict()), assign=True)

@@ -77,12 +77,12 @@ def _deepseek_v3(config, gate) -> dict:
 
 
 def _deepseek_v4(config, gate) -> dict:
-    common = {**_sizes(config, "moe_intermediate_size", "n_routed_experts"), "n_shared_experts": 1, "glu_limit": config.swiglu_limit}
+    sizes = _sizes(config, "moe_intermediate_size", "n_routed_experts")
     routing = _routing("deepseek_v4", routed_scaling_factor=config.routed_scaling_factor)
     if hasattr(gate, "tid2eid"):  # the first layers look the experts up by token id
         options = {name: routing["router_options"][name] for name in ("score_func", "norm_eps", "routed_scaling_factor")}
         routing = {"router": "hash", "router_options": {**options, "weights": "learned", "vocab_size": config.vocab_size}}
-    return {**common, **routing}
+    return {**sizes, "n_shared_experts": 1, "glu_limit": config.swiglu_limit, **routing}
 
 
 def _switch(config, gate) -> dict:
@@ -200,7 +200,8 @@ def config_of(block: nn.Module, hf_config) -> MoEConfig:
     for option, allowed in family.demands.items():
         value = getattr(config, option, allowed[0])
         if value not in allowed:
-            raise ValueError(f"{option}={value!r} of {type(block).__name__} has no counterpart here; known: {', '.join(map(repr, allowed))}")
+            known = ", ".join(map(repr, allowed))
+            raise ValueError(f"{option}={value!r} of {type(block).__name__} has no counterpart here; known: {known}")
     try:
         return MoEConfig(**family.options(config, getattr(block, family.gate)))
     except AttributeError as error:

@@ -4,9 +4,13 @@
     moe_core.interop.hf.to_block(block, hf_block)                 # the weights back
     moe_core.interop.hf.convert(hf_model)                         # every MoE block of a model, in place; restore() undoes it
 
-Nothing here imports transformers: blocks are known by the name of their class, see ``families.FAMILIES``. To load a released model
-use transformers' own ``AutoModelForCausalLM.from_pretrained(name, use_safetensors=True)`` (a pickled checkpoint runs code), in float32
-or bfloat16 and not quantised, then ``convert`` it.
+Nothing here imports transformers: blocks are known by the name of their class, see ``families.FAMILIES``.
+
+To load a released model use transformers' own loader, safetensors only (a pickled checkpoint may run code), not quantised, then
+``convert`` it:
+
+    model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, dtype=torch.float32)   # or bfloat16
+    moe_core.interop.hf.convert(model)
 """
 
 from .blocks import from_block, to_block

@@ -40,8 +40,9 @@ class ConvertedBlock(nn.Module):
     def hf_block(self) -> nn.Module:
         """The Hugging Face block again, with the weights as they are now."""
         block = self._shell[0]
-        weights = write(block, self.moe)  # views: two matrices in one memory cannot be saved
-        block.load_state_dict({name: weight.clone(memory_format=torch.contiguous_format) for name, weight in weights.items()}, assign=True)
+        weights = {name: weight.clone(memory_format=torch.contiguous_format)  # write gives views, which cannot be saved
+                   for name, weight in write(block, self.moe).items()}
+        block.load_state_dict(weights, assign=True)
         copy_flags(block, self.moe, reverse=True)
         return block.train(self.training)
 
@@ -49,8 +50,8 @@ class ConvertedBlock(nn.Module):
 def convert(hf_model: nn.Module) -> nn.Module:
     """Swap every MoE block of the model for ours, in place; the logits stay equal up to rounding.
 
-    Do it before an optimiser is made: the parameters are new ones. Only one block at a time has its weights twice. A converted model
-    generates and trains; ``restore`` it before save_pretrained, which would write our names.
+    Do it before an optimiser is made: the parameters are new ones. Only one block at a time has its weights twice. A converted
+    model generates and trains; ``restore`` it before save_pretrained, which would write our names.
 
     Args:
         hf_model: a model of transformers with its ``config``, in one piece (not spread over devices, not quantised).

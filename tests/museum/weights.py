@@ -19,7 +19,7 @@ def turned_as_declared(stored, d_model, d_ff):
 
 
 def a_weight_does_the_same_before_and_after(load):
-    """A weight that a checkpoint keeps as (E, D, 2F), to be multiplied from the right, does the same once it is loaded; also if D = 2F."""
+    """A weight stored as (E, D, 2F), to be multiplied from the right, does the same once it is loaded; also if D = 2F."""
     for d_model, d_ff in ((6, 4), (4, 6), (8, 4)):
         stored, x = torch.randn(3, d_model, 2 * d_ff), torch.randn(5, d_model)
         weight = load(stored, d_model, d_ff)
@@ -31,5 +31,6 @@ def a_weight_does_the_same_before_and_after(load):
 BUGS = [
     Bug(20, "the layout of a weight is guessed from its shape", "a model loads without a word and answers nonsense",
         "if D = 2F, a matrix and its transpose have the same shape", "transformers #47031; unsloth-zoo #849",
-        turned_if_the_shape_says_so, turned_as_declared, a_weight_does_the_same_before_and_after, r"^AssertionError: with D=8, F=4"),
+        turned_if_the_shape_says_so, turned_as_declared, a_weight_does_the_same_before_and_after,
+        r"^AssertionError: with D=8, F=4"),
 ]

@@ -14,7 +14,7 @@ class ConvertedBlock(nn.Module):
 
     Its child ``router_output`` (under the name that the block's router had) stands where that router stood. Transformers hooks
     itself onto routers to collect ``router_logits``, and so gets ours, with their gradient: ``output_router_logits=True`` and the
-    model's own auxiliary loss work as before.
+    model's own auxiliary loss work as before. Padding is routed like any token, as in transformers.
 
     Attributes:
         moe: the ``MixtureOfExperts``. ``moe.register_forward_hook`` sees every Routing.

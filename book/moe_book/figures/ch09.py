@@ -77,14 +77,13 @@ def arms(trained: dict, read: dict, *, x_title: str, x_range, height: int | None
                         yaxis={"visible": False, "range": [rows - 0.5, -0.75]})
 
 
-def counts(share, *, unit: str = "share of the bytes", mean: float | None = None, top: float = 1.0, height: int = 230) -> go.Figure:
-    """How many experts a token gets: a bar for 0, 1, 2, ...; the mean as a dashed line."""
+def counts(share, *, unit: str = "share of the bytes", top: float = 1.0, height: int = 230) -> go.Figure:
+    """How many experts a token gets: a bar for 0 (hollow), 1, 2, ..."""
     share_M = array(share, 1, "share")
     x = list(range(len(share_M)))
     bars = go.Bar(x=x, y=share_M.tolist(), marker={"color": [theme.CLEAR, *[theme.OKABE_ITO[0]] * (len(x) - 1)], "line": {"color": theme.OKABE_ITO[0], "width": 2}},
                   text=[f"{v:.0%}" if v >= 0.005 else "" for v in share_M], textposition="outside", textangle=0, cliponaxis=False)
-    line = [] if mean is None else [go.Scatter(x=[mean, mean], y=[0, top], mode="lines", hoverinfo="skip", line={"color": theme.INK, "dash": "dash", "width": 1.5})]
-    return theme.figure([bars, *line], height=height, bargap=0.3, margin={"l": 60, "r": 8, "t": 12, "b": 48},
+    return theme.figure([bars], height=height, bargap=0.3, margin={"l": 60, "r": 8, "t": 12, "b": 48},
                         xaxis={"title": {"text": "experts per byte"}, "tickvals": x, "range": [-0.6, len(x) - 0.4]},
                         yaxis={"title": {"text": unit}, "range": [0, top], "tickformat": ".0%"})
 

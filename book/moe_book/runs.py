@@ -36,7 +36,7 @@ def save(name: str, *, config: dict, seeds: list[int], results: dict) -> Path:
     }
     path = FOLDER / f"{name}.json"
     text = json.dumps(record, indent=1, sort_keys=True, separators=(",", ": "))
-    text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: "[" + re.sub(r",\s+", ",", found[1]) + "]", text)  # a list of numbers, a line
+    text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: "[" + re.sub(r",\n\s*", ",", found[1]) + "]", text)  # a list of numbers, a line
     path.write_text(text + "\n")
     return path
 

@@ -178,7 +178,7 @@ const MoeGame = (() => {
         return make("tr", { className: mine ? "moe-mine" : "" }, make("th", { scope: "row" }, label), make("td", {}, number(score)),
           make("td", { className: "moe-bars" }, bar), make("td", { textContent: dropped }), make("td", { textContent: number(imbalance) }));
       };
-      const head = make("tr", {}, ...["router", "score", "", "dropped", "MaxVio"].map((text) => text ? make("th", { scope: "col", textContent: text }) : make("td")));
+      const head = make("tr", {}, ...["router", "score", "", "dropped", "MaxVio"].map((text) => text ? make("th", { scope: "col", textContent: text }) : make("td", { className: "moe-bars" })));
       results.replaceChildren(make("caption", { textContent: "The same words, five routers. Press a name to mark its choices on the board." }), make("thead", {}, head),
         make("tbody", {}, row("you", now, true), ...rivals.map((r) => row(r.name, r))));
       if (focused) [...results.querySelectorAll("button")].find((b) => b.textContent === focused)?.focus();

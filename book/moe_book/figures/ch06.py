@@ -34,8 +34,8 @@ def queues(expert_indices, kept, *, n_experts: int, capacity: int, tokens: list[
         colors = [theme.expert_color(e, n_experts) for e, _, _ in points[inside]]
         squares.append(go.Scatter(
             x=[e for e, _, _ in points[inside]], y=[place + 0.5 for _, place, _ in points[inside]], mode="markers+text", name=name,
-            text=[f"    {label}" for _, _, label in points[inside]], textposition="middle right", textfont={"size": 13, "color": theme.INK},
-            customdata=[label for _, _, label in points[inside]], meta="token",
+            text=[f" {label}" for _, _, label in points[inside]], textposition="middle right", textfont={"size": 13, "color": theme.INK},
+            customdata=[label for _, _, label in points[inside]], meta="token", cliponaxis=False,
             marker={"symbol": "square", "size": side, "color": colors if inside else theme.CLEAR, "line": {"color": colors, "width": 2}},
         ))
     line = go.Scatter(x=[-0.5, n_experts - 0.5], y=[capacity, capacity], mode="lines+text", text=["", f" capacity {capacity}"], textposition="middle right",

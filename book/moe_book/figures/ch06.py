@@ -1,9 +1,10 @@
-"""Chapter 6's own figures: a queue in front of each expert, and a table of numbers drawn as tiles."""
+"""Chapter 6's own figures: a queue in front of each expert, and the drop rate by place."""
 
 import plotly.graph_objects as go
 
 from .. import theme
 from ._arrays import array
+from .lines import curves
 
 
 def queues(expert_indices, kept, *, n_experts: int, capacity: int, tokens: list[str] | None = None, rows: int = 12, height: int = 380) -> go.Figure:
@@ -54,30 +55,6 @@ def drop_profile(rates: dict[str, object], *, x_title: str, top: float, height: 
         rates: policy -> (seeds, parts).
         top: upper end of the axis, fixed across the frames of an Explorer.
     """
-    from .lines import curves
-
     parts = array(next(iter(rates.values())), 2, "rates").shape[1]
     drawn = curves(dict(rates), x=list(range(1, parts + 1)), x_title=x_title, y_title="share of slots dropped", y_range=(0, top), height=height)
     return drawn.update_yaxes(tickformat=".0%")
-
-
-def seed_dots(groups: dict[str, object], *, x_title: str, x_range: tuple[float, float], height: int = 300) -> go.Figure:
-    """One row per name, one dot per seed, the mean as a line.
-
-    Args:
-        groups: name -> (S,) values. x_range: ends of the axis.
-    """
-    names, traces = list(groups), []
-    for row, (name, values) in enumerate(groups.items()):
-        values = array(values, 1, name)
-        color = theme.OKABE_ITO[row % len(theme.OKABE_ITO)]
-        traces.append(go.Scatter(x=values.tolist(), y=[row] * len(values), mode="markers", name=name, marker={"color": theme.fade(color, 0.75), "size": 11}))
-        mean = float(values.mean())
-        traces.append(go.Scatter(x=[mean, mean], y=[row - 0.28, row + 0.28], mode="lines", hoverinfo="skip", line={"color": theme.INK, "width": 2}))
-    return theme.figure(
-        traces, height=height, margin={"l": 8, "r": 16, "t": 8, "b": 48},
-        xaxis={"title": {"text": x_title}, "range": list(x_range), "showgrid": True},
-        yaxis={"visible": False, "range": [len(names) - 0.4, -0.75]},
-        annotations=[{"x": 0, "xref": "paper", "y": row - 0.42, "text": name, "showarrow": False, "xanchor": "left", "yanchor": "middle"}
-                     for row, name in enumerate(names)],
-    )

@@ -6,7 +6,7 @@ Dimension letters, everywhere: B batch, N tokens per sequence, T = B*N, D d_mode
 C capacity, A kept assignments. A local tensor carries its dims as a suffix: ``scores_BNE``, ``rows_AD``.
 """
 
-from . import capacity, losses, metrics, probe
+from . import capacity, interop, losses, metrics, probe
 from .capacity import CapacityRule
 from .config import MoEConfig
 from .dispatch import DispatchPlan
@@ -19,6 +19,7 @@ from .routers import (
 )
 from .routing import DropReason, Routing
 from .soft_moe import SoftMoE
+from .upcycling import upcycle
 from .zero_computation import ZeroComputationExperts
 
 __version__ = "0.1.0"
@@ -26,5 +27,6 @@ __all__ = [
     "BalancedAssignmentRouter", "CapacityRule", "DispatchPlan", "DropReason", "ExpertChoiceRouter", "ExpertThresholdRouter",
     "Experts", "FeedForward", "GShardRouter", "HashRouter", "LMConfig", "LanguageModel", "LossFreeRouter", "MixtureOfExperts",
     "MoEConfig", "NoisyTopKRouter", "QuantileBalancingRouter", "ReLURouter", "Router", "Routing", "SinkhornRouter", "SoftMoE",
-    "SwitchRouter", "TopKRouter", "ZeroComputationExperts", "ZeroComputationRouter", "capacity", "losses", "metrics", "probe",
+    "SwitchRouter", "TopKRouter", "ZeroComputationExperts", "ZeroComputationRouter", "capacity", "interop", "losses", "metrics",
+    "probe", "upcycle",
 ]

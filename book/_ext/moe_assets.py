@@ -3,7 +3,7 @@
 The scripts they need go into book/_static/vendor, from installed packages; the theme's scripts that would ask elsewhere are left out.
 
 vendor/ is never committed: plotly.min.js comes out of the plotly wheel, MathJax out of django-static-mathjax (of which only the one
-component in use and its fonts are taken), explorer.js and explorer.css from moe_book.
+component in use and its fonts are taken), the scripts and styles of the figures from moe_book.
 """
 import re
 import shutil
@@ -13,6 +13,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 MATHJAX = "mathjax/es5/tex-mml-chtml.js"
+OURS = ("explorer.js", "explorer.css", "game.js", "game.css")
 
 
 def package(name: str) -> Path:
@@ -34,8 +35,7 @@ def sources() -> dict[str, Path]:
     here = Path(__file__).parents[1] / "moe_book"
     return {
         "plotly.min.js": package("plotly") / "package_data/plotly.min.js",
-        "explorer.js": here / "explorer.js",
-        "explorer.css": here / "explorer.css",
+        **{file: here / file for file in OURS},
         MATHJAX: es5 / "tex-mml-chtml.js",
         **{f"mathjax/es5/output/chtml/fonts/woff-v2/{font.name}": font for font in fonts},
     }
@@ -87,6 +87,9 @@ def setup(app):
     app.connect("config-inited", vendor)
     app.connect("env-get-outdated", outdated)
     app.connect("html-page-context", page, priority=900)  # after those who add scripts
-    app.add_css_file("vendor/explorer.css")
-    app.add_js_file("vendor/explorer.js", loading_method="defer")
+    for file in OURS:
+        if file.endswith(".css"):
+            app.add_css_file(f"vendor/{file}")
+        else:
+            app.add_js_file(f"vendor/{file}", loading_method="defer")
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

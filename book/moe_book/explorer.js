@@ -1,4 +1,4 @@
-/* Draws an Explorer: native controls above a plotly figure, a sentence and a table below it.
+/* Draws an Explorer: native controls above a passage of text, a plotly figure or both; a sentence and a table below.
    One source, two hosts. As a classic script (file:// forbids modules) it mounts each <figure class="moe-explorer"> of a published page;
    with an export appended by explorer.py it is the anywidget module of a notebook. */
 const MoeExplorer = (() => {
@@ -62,11 +62,13 @@ const MoeExplorer = (() => {
     const id = "moe-" + ++count;
     let payload = model.get("payload"), frames, Plotly, alive = true;
     const plot = make("div", { className: "moe-plot", role: "img", ariaLabel: payload.alt });
+    const text = make("div", { className: "moe-text", role: "group", ariaLabel: payload.alt });
+    const drawn = make("div", { className: "moe-drawn" }, text, plot);
     const said = make("p", { className: "moe-said", role: "status", ariaLive: "polite" });
     const table = make("div", { className: "moe-table", role: "region", tabIndex: 0, ariaLabel: "Data of the figure: " + payload.title });
     const details = make("details", {}, make("summary", { textContent: "The numbers in this figure" }), table);
     const controls = make("div", { className: "moe-controls" });
-    const root = make("figure", { className: "moe-explorer" }, make("figcaption", { textContent: payload.title }), controls, plot, said, details);
+    const root = make("figure", { className: "moe-explorer" }, make("figcaption", { textContent: payload.title }), controls, drawn, said, details);
     el.append(root);
 
     let ink = inkOf(root);
@@ -93,12 +95,18 @@ const MoeExplorer = (() => {
       if (changed) { model.set("state", Object.fromEntries(payload.controls.map((c) => [c.name, c.values[index[c.name]]]))); model.save_changes(); }
     };
     const paint = () => {
-      if (!Plotly || !alive || !plot.clientWidth) return;
+      if (!alive) return;
+      if (frames.base.text) fillText(text, frames.base.text);
+      if (payload.height && !paintPlot()) return;
+      drawn.dataset.frame = frames.shown; // what is drawn now; tests and print styles read it
+    };
+    const paintPlot = () => {
+      if (!Plotly || !plot.clientWidth) return false;
       const { layout } = frames.base;
       // customdata and meta are for the table; plotly would lay the whole figure out again when they change.
       const data = frames.base.data.map(({ customdata, meta, ...trace }) => trace);
       Plotly.react(plot, data, { ...layout, template: frames.template, width: plot.clientWidth, height: payload.height, autosize: false }, PLOT_CONFIG);
-      plot.dataset.frame = frames.shown; // what is drawn now; tests and print styles read it
+      return true;
     };
     // At most one drawing per screen refresh: the first at once, later ones when the screen has caught up.
     let busy = false, again = false;
@@ -118,7 +126,7 @@ const MoeExplorer = (() => {
       for (const element of root.querySelectorAll("input, select, button, summary, .moe-table")) element.dataset.lmSuppressShortcuts = "true";
     };
 
-    const reload = () => { payload = model.get("payload"); plot.style.height = plot.style.minHeight = payload.height + "px"; frames = undefined; readState(); buildControls(); settle(false); draw(); };
+    const reload = () => { payload = model.get("payload"); plot.style.height = plot.style.minHeight = payload.height + "px"; plot.hidden = !payload.height; text.hidden = !payload.base.text; frames = undefined; readState(); buildControls(); settle(false); draw(); };
     const restate = () => { readState(); settle(false); draw(); };
     const recolor = () => { if (ink !== (ink = inkOf(root))) { frames = undefined; settle(false); draw(); } };
     reload();
@@ -129,12 +137,13 @@ const MoeExplorer = (() => {
     const near = new IntersectionObserver(async (entries) => {
       if (!entries.some((entry) => entry.isIntersecting)) return;
       near.disconnect();
+      if (!payload.height) return; // text alone
       try { Plotly = await plotly(model); draw(); } catch (error) { plot.textContent = String(error.message); throw error; }
     }, { rootMargin: "600px" });
-    near.observe(plot);
+    near.observe(drawn);
     let width = 0;
-    const resized = new ResizeObserver(() => { recolor(); if (plot.clientWidth !== width) { width = plot.clientWidth; draw(); } });
-    resized.observe(plot);
+    const resized = new ResizeObserver(() => { recolor(); if (drawn.clientWidth !== width) { width = drawn.clientWidth; draw(); } });
+    resized.observe(drawn);
     const theme = new MutationObserver(recolor);
     for (const node of [document.documentElement, document.body]) theme.observe(node, { attributes: true });
 
@@ -206,10 +215,49 @@ const MoeExplorer = (() => {
     },
   };
 
+  /* ---- a passage: tiles made once, recoloured afterwards ---- */
+  const tile = ({ words, experts, kept, amount, amount_label }, t) =>
+    [experts && `expert ${experts[t]}`, amount && `${amount[t]} ${amount_label}`, kept && !kept[t] && "dropped"].filter(Boolean).join(", ");
+
+  function fillText(host, passage) {
+    const { words, groups, experts, colors, kept, amount, amount_max, legend } = passage;
+    const same = host.passage && host.passage.words === words && host.passage.groups === groups && host.passage.legend === legend;
+    if (!same) {
+      let t = 0;
+      const lines = make("p", { className: "moe-words" });
+      for (const size of groups) {
+        lines.append(make("span", { className: "moe-word" }, ...words.slice(t, (t += size)).map((word) => make("span", { textContent: word }))));
+        if (words[t - 1].endsWith("⏎")) lines.append(make("br"));
+      }
+      host.replaceChildren(lines, make("p", { className: "moe-legend", innerHTML: legend })); // escaped by passage.py
+    }
+    host.passage = { words, groups, legend };
+    host.querySelectorAll(".moe-word > span").forEach((span, t) => {
+      const kind = "moe-token" + (amount ? " moe-tinted" : "") + (kept && !kept[t] ? " moe-hollow" : ""), says = `${words[t]}: ${tile(passage, t)}`;
+      if (span.className !== kind) span.className = kind;
+      if (span.title === says) return;
+      span.title = says;
+      if (experts) span.style.setProperty("--c", colors[experts[t]]);
+      if (amount) span.style.setProperty("--a", Math.round(70 * Math.min(amount[t] / amount_max, 1)) + "%");
+    });
+  }
+
   /* ---- the figure as a table: one row a point (or a bar, or a cell of a heatmap) ---- */
   const plain = (text) => String(text ?? "").replace(/<[^>]*>/g, "").trim();
 
-  function fillTable(host, { data, layout }) {
+  function fillTable(host, { data, layout, text }) {
+    const cells = (tag, values) => make("tr", {}, ...values.map((v) => make(tag, { textContent: v, ...(tag === "th" && { scope: "col" }) })));
+    const sheet = (head, rows) => make("table", {}, make("thead", {}, cells("th", head)), make("tbody", {}, ...rows.map((values) => cells("td", values))));
+    const sheets = [];
+    if (text) {
+      const columns = [["token", text.words], ["expert", text.experts], [text.amount_label, text.amount], ["kept", text.kept?.map((k) => (k ? "yes" : "dropped"))]].filter(([, values]) => values);
+      sheets.push(sheet(columns.map(([name]) => name), text.words.map((_, t) => columns.map(([, values]) => values[t]))));
+    }
+    if (data.length) sheets.push(sheet(...points(data, layout)));
+    host.replaceChildren(...sheets);
+  }
+
+  function points(data, layout) {
     const axis = (trace, which) => layout[which + "axis" + (trace[which + "axis"] ?? "").slice(1)] ?? {};
     const heading = (trace, which, other) => plain(axis(trace, which).title?.text ?? axis(trace, which).title) || other;
     const first = data[0] ?? {};
@@ -228,8 +276,7 @@ const MoeExplorer = (() => {
       if (trace.z) trace.z.forEach((line, j) => line.forEach((z, i) => row(trace.x?.[i] ?? i, trace.y?.[j] ?? j, z)));
       else for (let i = 0; i < n; i++) if (trace.y?.[i] !== null) row(trace.x?.[i] ?? i, trace.y?.[i] ?? i, trace.customdata?.[i]);
     }
-    const cells = (tag, values) => make("tr", {}, ...values.map((v) => make(tag, { textContent: v, ...(tag === "th" && { scope: "col" }) })));
-    host.replaceChildren(make("table", {}, make("thead", {}, cells("th", head)), make("tbody", {}, ...rows.map((values) => cells("td", values)))));
+    return [head, rows];
   }
 
   /* ---- a published page: the payload stands in the page, and a stub answers for the kernel ---- */

@@ -36,7 +36,7 @@ def save(name: str, *, config: dict, seeds: list[int], results: dict) -> Path:
     }
     path = FOLDER / f"{name}.json"
     text = json.dumps(record, indent=1, sort_keys=True, separators=(",", ": "))
-    text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: "[" + re.sub(r",\s+", ",", found[1]) + "]", text)  # a list of numbers, a line
+    text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: "[" + re.sub(r",\n\s*", ",", found[1]) + "]", text)  # a list of numbers, a line
     path.write_text(text + "\n")
     return path
 
@@ -52,6 +52,17 @@ def load(name: str) -> dict:
         if (folder / f"{name}.json").is_file():
             return json.loads((folder / f"{name}.json").read_text())
     raise FileNotFoundError(f"no stored run {name!r}; there are {sorted(p.stem for p in FOLDER.glob('*.json'))}")
+
+
+def reproductions() -> list[dict]:
+    """Every claim that a stored run tested: its run, id, claim, source (a key of references.bib), verdict and because."""
+    folder = FOLDER if FOLDER.is_dir() else Path(__file__).resolve().parent / "stored_runs"
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        for key, claim in record["config"].get("claims", {}).items():
+            found.append({"run": path.stem, "id": key, **claim, **record["results"]["verdicts"][key]})
+    return found
 
 
 def _rounded(value):

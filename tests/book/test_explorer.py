@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 import traitlets
-from moe_book import theme
+from moe_book import figures, theme
 from moe_book.explorer import Control, Explorer, Step
 
 WORDS = {"title": "Bars", "alt": "Three bars."}
@@ -191,6 +191,37 @@ def test_start_and_seconds_are_checked():
 def test_words_for_readers_who_see_nothing_are_required():
     with pytest.raises(ValueError, match="alt=' ' must be a sentence"):
         Explorer(bars, scale=[1, 2], title="Bars", alt=" ")
+
+
+def words(tokens=("a ", "b"), experts=(0, 1)):
+    return figures.text_in_color(list(tokens), list(experts), n_experts=2)
+
+
+def test_text_is_a_frame_of_its_own_kind():
+    explorer = Explorer(lambda flip: words(experts=[flip, 1 - flip]), flip=Control([0, 1], start=1), **WORDS)
+    assert [frame(explorer.payload, i)["text"]["experts"] for i in (0, 1)] == [[0, 1], [1, 0]]
+    assert [change["path"] for change in explorer.payload["varying"]] == [["text", "experts"]]
+    assert explorer.payload["height"] == 0, "no room is reserved for a plot that never comes"
+    readable = re.sub(r"<script.*</script>", "", explorer._repr_mimebundle_()[0]["text/html"])
+    first = readable.index(f"--c:{theme.expert_color(1)}")
+    assert first < readable.index(f"--c:{theme.expert_color(0)}"), "before any script the text stands there as it starts"
+
+
+def test_text_may_stand_above_a_plot():
+    payload = Explorer(lambda k: (words(), bars(k)), k=[1, 2], **WORDS).payload
+    assert payload["height"] == 300 and frame(payload, 1)["data"][0]["y"] == [2, 4, 6] and frame(payload, 1)["text"]["words"] == ["a·", "b"]
+
+
+def test_a_figure_is_of_one_kind():
+    with pytest.raises(TypeError, match="the same kind for every setting"):
+        Explorer(lambda k: words() if k else bars(), k=[0, 1], **WORDS)
+    with pytest.raises(TypeError, match="returned tuple"):
+        Explorer(lambda k: (bars(), words()), k=[0, 1], **WORDS)
+
+
+def test_no_word_of_a_passage_can_leave_its_place():
+    page = Explorer(words([*"a ", "</script><img src=x>"], [0, 0, 1]), **WORDS)._repr_mimebundle_()[0]["text/html"]
+    assert page.count("</script>") == 1 and "<img" not in page
 
 
 def test_a_figure_that_is_too_heavy_or_no_figure_is_refused():

@@ -101,19 +101,51 @@ def test_a_histogram_sums_to_one_and_shows_the_threshold():
     assert list(named(figure, "threshold 0.5").x) == [0.5, 0.5]
 
 
-def test_text_keeps_its_order_and_breaks_into_lines():
-    figure = figures.text_in_color(["ab", "cd", "\n", "ef"], [0, 1, 2, 0], n_experts=3, columns=7)
-    text = named(figure, "tokens")
-    assert list(text.text) == ["ab", "cd", "⏎", "ef"] and list(text.y) == [0, 0, 1, 1]
+def test_text_keeps_its_order_and_breaks_between_words():
+    passage = figures.text_in_color(list("ab c\nd"), [0, 1, 2, 0, 1, 2], n_experts=3)
+    assert passage.words == ["a", "b", "·", "c", "⏎", "d"] and passage.experts == [0, 1, 2, 0, 1, 2]
+    assert passage.groups == [2, 1, 2, 1]
+    assert figures.text_in_color(["the", " cat", "s"], [0, 0, 0], n_experts=1).groups == [1, 2], "a token that begins with a space begins a word"
+    assert figures.text_in_color(["the", "cat"], [0, 0], n_experts=1).groups == [1, 1], "words without spaces stand alone"
+
+
+def test_a_token_has_its_experts_colour_and_is_hollow_when_dropped():
+    page = figures.text_in_color(["cat", "<b>"], [1, 0], n_experts=4, kept=[True, False]).html()
+    assert f'<span class="moe-token" style="--c:{theme.expert_color(1, 4)}">cat</span>' in page
+    assert f'<span class="moe-token moe-hollow" style="--c:{theme.expert_color(0, 4)}">&lt;b&gt;</span>' in page
+    assert "expert 0" in page and "dropped</span>" in page, "the legend"
+
+
+def test_amounts_tint_one_hue_and_the_ramp_is_fixed():
+    passage = figures.text_in_color(["a", "b"], amount=torch.tensor([0.0, 1.5]), amount_max=3)
+    assert passage.amount == [0, 1.5] and passage.amount_max == 3
+    assert "--a:0%" in passage.html() and "--a:35%" in passage.html() and "experts per token 0" in passage.html()
+    assert figures.text_in_color(["a"], amount=[2.0]).amount_max == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "needs experts or amount"),
+        ({"experts": [0, 1]}, "n_experts must be given"),
+        ({"experts": [0], "n_experts": 2}, "tokens has 2 entries; experts has 1"),
+        ({"experts": [0, 2], "n_experts": 2}, "experts must be between 0 and n_experts-1=1, found 0 to 2"),
+        ({"amount": [1, -1]}, "amount must be 0 or more"),
+        ({"amount": [1, 1], "kept": [True]}, "tokens has 2 entries; kept has 1"),
+    ],
+)
+def test_text_names_what_does_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        figures.text_in_color(["a", "b"], **arguments)
 
 
 @pytest.mark.parametrize(
     "figure",
     [
         figures.routing_map([[0]], n_experts=1), figures.load_bars([1]), figures.score_bars([1]), figures.curves({"a": [1, 2]}),
-        figures.simplex(np.eye(3)), figures.score_histogram([0.1]), figures.text_in_color(["a"], [0], n_experts=1),
+        figures.simplex(np.eye(3)), figures.score_histogram([0.1]),
     ],
-    ids=["routing_map", "load_bars", "score_bars", "curves", "simplex", "score_histogram", "text_in_color"],
+    ids=["routing_map", "load_bars", "score_bars", "curves", "simplex", "score_histogram"],
 )
 def test_each_kind_is_a_figure_on_a_clear_ground(figure):
     assert isinstance(figure, go.Figure)

@@ -32,6 +32,11 @@ def test_floats_keep_five_significant_digits_and_all_else_stays():
     assert runs.load("a")["results"] == {"x": [3.1416, 1.2346e-7, 123460.0], "n": 1234567, "t": [True, None, "s"]}
 
 
+def test_a_list_of_words_keeps_the_blanks_after_their_commas():
+    runs.save("a", config={"names": ["top-1, learned", "top-1, frozen"]}, seeds=[0, 1, 2], results={})
+    assert runs.load("a")["config"]["names"] == ["top-1, learned", "top-1, frozen"]
+
+
 def test_writing_the_same_results_again_gives_the_same_file(folder):
     first = runs.save("a", config={"b": 1, "a": 2}, seeds=[0, 1, 2], results={"x": 1.0}).read_text()
     assert runs.save("a", config={"a": 2, "b": 1}, seeds=[0, 1, 2], results={"x": 1.0}).read_text() == first

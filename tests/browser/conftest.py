@@ -93,8 +93,8 @@ class Visit:
         found = self.page.locator(".moe-explorer").all()
         for explorer in found:
             self.page.wait_for_function("() => window.MathJax?.startup?.promise ?? true")  # formulas that arrive late move what is below
-            explorer.locator(".moe-plot").scroll_into_view_if_needed()
-            explorer.locator(".moe-plot[data-frame]").wait_for()
+            explorer.locator("figcaption").scroll_into_view_if_needed()
+            explorer.locator(".moe-drawn[data-frame]").wait_for()
         return found
 
 

@@ -36,7 +36,7 @@ def press(page, plot, key: str) -> str:
     before = plot.get_attribute("data-frame")
     page.keyboard.press(key)
     page.wait_for_function(DRAWN, arg=[plot.element_handle(), before])
-    return plot.locator("svg").first.evaluate("(svg) => svg.parentElement.innerHTML")
+    return plot.inner_html()
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_every_control_changes_its_figure(explorers):
     page, found = explorers
     idle = []
     for explorer in found:
-        plot, title = explorer.locator(".moe-plot"), explorer.locator("figcaption").inner_text()
+        plot, title = explorer.locator(".moe-drawn"), explorer.locator("figcaption").inner_text()
         for control in explorer.locator(".moe-control").all():
             kind, widget = kind_of(control), control.locator("input, select").first
             label = control.locator("label").inner_text()
@@ -63,7 +63,7 @@ def test_every_control_changes_its_figure(explorers):
                 widget.evaluate("(e) => e.tagName === 'SELECT' && (e.selectedIndex = 0, e.dispatchEvent(new Event('change')))")
                 steps = widget.locator("option").count() - 1 if kind == "select" else 1
             page.wait_for_function(SETTLED)
-            drawings = {plot.locator("svg").first.evaluate("(svg) => svg.parentElement.innerHTML")}
+            drawings = {plot.inner_html()}
             for _ in range(steps):
                 drawings.add(press(page, plot, KEYS[kind]))
             if len(drawings) == 1:
@@ -78,7 +78,7 @@ def test_a_change_is_announced_and_the_table_follows(explorers):
     for explorer in found:
         if explorer.locator(".moe-control").count() == 0:
             continue
-        said, plot = explorer.locator("[role=status]"), explorer.locator(".moe-plot")
+        said, plot = explorer.locator("[role=status]"), explorer.locator(".moe-drawn")
         explorer.locator("summary").click()
         control = explorer.locator(".moe-control").first
         widget = control.locator("input, select").first
@@ -97,7 +97,7 @@ def test_play_and_pause_by_keyboard(explorers):
     buttons = [b for explorer in found for b in explorer.locator(".moe-play").all()]
     assert buttons
     for button in buttons:
-        plot = button.locator("xpath=ancestor::figure").locator(".moe-plot")
+        plot = button.locator("xpath=ancestor::figure").locator(".moe-drawn")
         button.focus()
         press(page, plot, "Enter")
         page.wait_for_function("(b) => b.dataset.playing === 'true'", arg=button.element_handle())
@@ -111,7 +111,7 @@ def test_no_animation_for_those_who_asked_for_none(visit):
     seen.explorers()
     for button in seen.page.locator(".moe-play").all():
         assert button.inner_text() == "Next"
-        plot = button.locator("xpath=ancestor::figure").locator(".moe-plot")
+        plot = button.locator("xpath=ancestor::figure").locator(".moe-drawn")
         button.focus()
         press(seen.page, plot, "Enter")
         assert button.get_attribute("data-playing") == "false"
@@ -126,7 +126,7 @@ def test_a_figure_keeps_the_height_it_had_reserved(visit):
 
 def test_the_figure_follows_the_theme_button(explorers):
     page, found = explorers
-    plot = found[0].locator(".moe-plot")
+    plot = next(plot for explorer in found if (plot := explorer.locator(".moe-plot:not([hidden])")).count())
     fill = "(e) => { const text = e.querySelector('text'); return text && getComputedStyle(text).fill; }"
     light = plot.evaluate(fill)
     page.evaluate("document.documentElement.dataset.theme = 'dark'")
@@ -134,11 +134,23 @@ def test_the_figure_follows_the_theme_button(explorers):
     assert plot.evaluate(fill) != light
 
 
+@pytest.mark.pages_with("text_in_color(")
+def test_text_in_colour_is_text(explorers):
+    page, found = explorers
+    passages = [text for explorer in found if (text := explorer.locator(".moe-words")).is_visible()]
+    assert passages
+    for passage in passages:
+        titles = passage.locator(".moe-token").evaluate_all("(tiles) => tiles.map((tile) => [tile.textContent, tile.title])")
+        assert all(title.startswith(f"{word}: ") for word, title in titles)
+        passage.evaluate("(text) => getSelection().selectAllChildren(text)")
+        assert page.evaluate("getSelection().toString()").replace("\n", "") == "".join(word for word, _title in titles)
+
+
 def test_measure_a_step(explorers, record_step, page_name):
     _page, found = explorers
     with_slider = [explorer for explorer in found if explorer.locator("input[type=range]").count()]
     assert with_slider
     for explorer in with_slider:
-        explorer.locator(".moe-plot").scroll_into_view_if_needed()
+        explorer.locator(".moe-drawn").scroll_into_view_if_needed()
         title = explorer.locator("figcaption").inner_text()
         record_step(f"{page_name}: {title}", statistics.median(explorer.evaluate(STEP)[1:]))

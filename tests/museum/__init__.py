@@ -7,9 +7,10 @@
     bug.verdict(bug.healthy)  # None
 """
 
-from . import choice, losses, places, state, thresholds
+from . import choice, losses, places, state, thresholds, weights
 from .bug import Bug
 
-MUSEUM: list[Bug] = sorted((bug for room in (losses, choice, places, state, thresholds) for bug in room.BUGS), key=lambda bug: bug.number)
+ROOMS = losses, choice, places, state, thresholds, weights
+MUSEUM: list[Bug] = sorted((bug for room in ROOMS for bug in room.BUGS), key=lambda bug: bug.number)
 
 __all__ = ["MUSEUM", "Bug"]

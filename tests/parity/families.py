@@ -90,14 +90,20 @@ CASES = [
 ]
 
 
-def hf_block(name: str, shape: tuple, seed: int = 0, **changes) -> nn.Module:
-    """A block with every parameter and bias drawn at random, none of them zero; in eval mode."""
+def hf_config(name: str, shape: tuple, **changes):
+    """The config of a model with such blocks."""
     family = FAMILIES[name]
     letters = dict(zip(("B", "N", "D", "F", "E", "K", "G", "g"), shape))
     sizes = {key: letters.get(value, value) if isinstance(value, str) else value for key, value in family.sizes.items()}
-    models = import_module(f"transformers.models.{family.module}.modeling_{family.module}")
     config = getattr(import_module(f"transformers.models.{family.module}"), family.config)(**{**sizes, **changes})
     config._experts_implementation = "eager"
+    return config
+
+
+def hf_block(name: str, shape: tuple, seed: int = 0, **changes) -> nn.Module:
+    """A block with every parameter and bias drawn at random, none of them zero; in eval mode."""
+    family, config = FAMILIES[name], hf_config(name, shape, **changes)
+    models = import_module(f"transformers.models.{family.module}.modeling_{family.module}")
     block = getattr(models, family.block)(config, *([config.mlp_layer_types.index("moe")] if name == "deepseek_v4" else []))
     generator = torch.Generator().manual_seed(seed)
     for key, tensor in [*block.named_parameters(), *block.named_buffers()]:

@@ -1,44 +1,62 @@
 """Text whose tokens carry the colour of their expert."""
-import plotly.graph_objects as go
-
 from .. import theme
+from ..passage import Passage
 from ._arrays import array
 
-CHAR, ROW = 8.5, 30  # pixels of a monospaced character at 14 px, and of a line
+SHOWN = str.maketrans({"\n": "⏎", " ": "·", "\t": "⇥"})
 
 
-def text_in_color(tokens: list[str], experts, *, n_experts: int, kept=None, columns: int = 36, height: int | None = None) -> go.Figure:
-    """Running text, each token on a tile of its expert's colour; dropped tokens on a hollow one.
+def text_in_color(tokens: list[str], experts=None, *, n_experts: int | None = None, kept=None, amount=None, amount_label: str = "experts per token",
+                  amount_max: float | None = None) -> Passage:
+    """Running text, each token on a tile of its expert's colour, dropped tokens on a hollow one; or each tinted by an amount.
+
+    An Explorer shows it alone, or above a plotly figure: `return figures.text_in_color(...), figures.load_bars(...)`.
 
     Args:
-        tokens: T words or characters.
-        experts: (T,) the (first) expert of each.
+        tokens: T words or characters. A line may break before one that begins with white space, or after one that ends with it; if
+            none does, anywhere.
+        experts: (T,) the (first) expert of each; may be left out where amount is given.
+        n_experts: how many experts there are.
         kept: (T,) bool, False where the token was dropped.
-        columns: characters a line; 36 fit a phone.
+        amount: (T,) how much compute each token got, 0 or more; it sets the tint, and the expert only the outline.
+        amount_label: what is counted, for the legend and the table.
+        amount_max: the amount with the strongest tint, by default the largest; give it where frames are compared.
 
     Raises:
-        ValueError: tokens and experts differ in length.
+        ValueError: lengths differ, an expert is not in 0 .. n_experts - 1, an amount is negative, or there is nothing to show.
     """
-    expert_T = array(experts, 1, "experts").astype(int)
-    if len(tokens) != len(expert_T):
-        raise ValueError(f"tokens has {len(tokens)} entries; experts has {len(expert_T)}")
-    kept_T = [True] * len(tokens) if kept is None else [bool(k) for k in array(kept, 1, "kept")]
-    x_T, y_T, words, column, line = [], [], [], 0, 0
-    for token in tokens:
-        word = token.replace("\n", "⏎").replace(" ", "·") or "·"
-        if column and column + len(word) + 1 > columns:
-            column, line = 0, line + 1
-        x_T.append(column + (len(word) + 1) / 2)
-        y_T.append(line)
-        words.append(word)
-        column += len(word) + 1
-    colors = [theme.expert_color(int(e), n_experts) for e in expert_T]
-    tiles = go.Bar(
-        orientation="h", base=[x - (len(w) + 0.7) / 2 for x, w in zip(x_T, words)], x=[len(w) + 0.7 for w in words], y=y_T, width=0.78,
-        hoverinfo="skip", marker={"color": [theme.fade(c, 0.35) if k else theme.CLEAR for c, k in zip(colors, kept_T)],
-                                  "line": {"color": colors, "width": 1.5}})
-    text = go.Scatter(x=x_T, y=y_T, mode="text", text=words, name="tokens", customdata=[f"{w}: expert {e}" for w, e in zip(words, expert_T)],
-                      meta="token and expert", textfont={"family": "monospace", "size": 13}, cliponaxis=False)
-    bare = {"visible": False, "showgrid": False}
-    return theme.figure([tiles, text], height=height or 16 + ROW * (line + 1), barmode="overlay", margin={"l": 0, "r": 0, "t": 8, "b": 8},
-                        xaxis={**bare, "range": [0, columns + 1]}, yaxis={**bare, "range": [line + 0.5, -0.5]})
+    if experts is None and amount is None:
+        raise ValueError("text_in_color needs experts or amount")
+    if experts is not None and n_experts is None:
+        raise ValueError("n_experts must be given with experts")
+    expert_T = None if experts is None else array(experts, 1, "experts").astype(int)
+    amount_T = None if amount is None else array(amount, 1, "amount").astype(float)
+    kept_T = None if kept is None else array(kept, 1, "kept").astype(bool)
+    for name, values in (("experts", expert_T), ("amount", amount_T), ("kept", kept_T)):
+        if values is not None and len(tokens) != len(values):
+            raise ValueError(f"tokens has {len(tokens)} entries; {name} has {len(values)}")
+    if expert_T is not None and not ((expert_T >= 0) & (expert_T < n_experts)).all():
+        raise ValueError(f"experts must be between 0 and n_experts-1={n_experts - 1}, found {expert_T.min()} to {expert_T.max()}")
+    if amount_T is not None and not (amount_T >= 0).all():
+        raise ValueError("amount must be 0 or more")
+    largest = 1.0 if amount_T is None else float(amount_max or amount_T.max(initial=0) or 1)
+    return Passage(words=[token.translate(SHOWN) or "·" for token in tokens], groups=_groups(tokens), experts=_list(expert_T), kept=_list(kept_T),
+                   colors=[] if expert_T is None else theme.expert_colors(n_experts), amount=_list(amount_T),
+                   amount_label=amount_label if amount_T is not None else "", amount_max=largest)
+
+
+def _list(values):
+    return None if values is None else values.tolist()
+
+
+def _groups(tokens: list[str]) -> list[int]:
+    """How many tokens make up each word: characters stay together up to the next space, a line's end with what it ends, words stand alone."""
+    if not any(token[:1].isspace() or token[-1:].isspace() for token in tokens):
+        return [1] * len(tokens)
+    sizes = []
+    for t, token in enumerate(tokens):
+        if t and not tokens[t - 1][-1:].isspace() and (token == "\n" or not token[:1].isspace()):
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+    return sizes

@@ -82,9 +82,8 @@ def _slices(dense: FeedForward, moe: MixtureOfExperts) -> int:
     d_ff, d_model = dense.down_proj.in_features, dense.down_proj.out_features
     if config.d_model != d_model:
         raise ValueError(f"d_model={config.d_model} must be {d_model}, the dense layer's")
-    options = {"activation": dense.activation, "glu": dense.glu}
-    if hasattr(dense, "act"):
-        options |= {"bias": dense.down_proj.bias is not None, "glu_limit": dense.act.limit, "up_offset": dense.act.up_offset}
+    options = {"activation": dense.activation, "glu": dense.glu, "bias": dense.down_proj.bias is not None,
+               "glu_limit": dense.act.limit, "up_offset": dense.act.up_offset}
     for name, value in options.items():
         if getattr(config, name) != value:
             raise ValueError(f"{name}={getattr(config, name)!r} must be {value!r}, the dense layer's")

@@ -22,10 +22,14 @@ def gap(a, b):
 
 
 @DTYPES
-@pytest.mark.parametrize("mlp", [{}, {"glu": False}, {"activation": "gelu"}, {"activation": "relu2", "glu": False}], ids=str)
+@pytest.mark.parametrize("mlp", [
+    {}, {"glu": False}, {"activation": "gelu"}, {"activation": "relu2", "glu": False, "bias": True},
+    {"activation": "quick_gelu", "glu_limit": 0.3, "up_offset": 1.0, "bias": True},
+], ids=str)
 @pytest.mark.parametrize("moe", [
-    {}, {"top_k": 1}, {"top_k": 4}, {"router": "noisy_topk"}, {"router": "loss_free"}, {"router": "hash", "router_options": {"vocab_size": 7}},
-    {"router_options": {"score_after_topk": True}, "norm_topk_prob": False}, {"n_shared_experts": 2}, {"jitter_noise": 0.3},
+    {}, {"top_k": 1}, {"top_k": 4}, {"router": "noisy_topk"}, {"router": "loss_free"},
+    {"router": "hash", "router_options": {"vocab_size": 7}}, {"router_options": {"score_after_topk": True}, "norm_topk_prob": False},
+    {"n_shared_experts": 2, "shared_gate": True}, {"jitter_noise": 0.3},
     {"router_options": {"score_func": "sigmoid", "routed_scaling_factor": 2.5, "expert_bias": True}},
 ], ids=str)
 @pytest.mark.parametrize("training", [True, False])
@@ -41,11 +45,13 @@ def test_at_step_0_the_layer_is_the_dense_one(dtype, mlp, moe, training):
 
 
 @DTYPES
-@pytest.mark.parametrize("glu", [True, False])
+@pytest.mark.parametrize("mlp", [{}, {"glu": False}, {"bias": True, "up_offset": 1.0}], ids=str)
+@pytest.mark.parametrize("gamma", [1.0, 2.5])
 @pytest.mark.parametrize("slices, n_experts, top_k", [(2, 8, 2), (2, 8, 4), (3, 9, 3), (4, 8, 4), (16, 16, 16)])
-def test_slices_chosen_together_add_up_to_the_dense_layer(dtype, glu, slices, n_experts, top_k):
-    ffn, x = dense(48, dtype, glu=glu), randn(3, 30, 8, dtype=dtype)
-    layer = upcycle(ffn, MoEConfig(8, 48 // slices, n_experts, top_k, glu=glu), router_std=1.0)
+def test_slices_chosen_together_add_up_to_the_dense_layer(dtype, mlp, gamma, slices, n_experts, top_k):
+    ffn, x = dense(48, dtype, **mlp), randn(3, 30, 8, dtype=dtype)
+    router = {"router_options": {"routed_scaling_factor": gamma}}
+    layer = upcycle(ffn, MoEConfig(8, 48 // slices, n_experts, top_k, **mlp, **router), router_std=1.0)
     y, routing = layer(x)
     assert gap(y, ffn(x)) <= 4 * TOLERANCE[dtype]
     copies = routing.expert_indices // slices
@@ -138,7 +144,9 @@ def test_a_generator_makes_it_reproducible_and_leaves_torchs_own_alone():
     ({"d_model": 16}, "d_model=16 must be 8, the dense layer's"),
     ({"d_ff": 12}, "d_ff=12 must be 16, the dense layer's, or divide it"),
     ({"activation": "gelu"}, "activation='gelu' must be 'silu', the dense layer's"),
-    ({"glu": False}, "glu=False must be True, the dense layer's"),
+    ({"glu": False}, "glu=False must be True, the dense layer's"), ({"bias": True}, "bias=True must be False, the dense layer's"),
+    ({"glu_limit": 7.0}, "glu_limit=7.0 must be None, the dense layer's"),
+    ({"up_offset": 1.0}, "up_offset=1.0 must be 0.0, the dense layer's"),
     ({"d_ff": 8, "top_k": 3}, "top_k=3 must be a multiple of 2, the slices of d_ff=8 in 16"),
     ({"d_ff": 8, "n_experts": 5}, "n_experts=5 must be a multiple of 2"),
     ({"d_ff": 8, "n_experts": 6, "router_options": {"n_groups": 2}}, "experts per group=3 must be a multiple of 2"),

@@ -5,15 +5,11 @@ import copy
 import pytest
 import torch
 
-from moe_core import MoEConfig
 from moe_core.interop import hf
 from moe_core.interop.blocks import read
 
 from .families import FAMILIES, SHAPES, gap, hf_block, hf_config, randn
 from .models import LAYERS, MODELS, hf_model, router_logits, run
-
-if not hasattr(MoEConfig, "glu_limit"):
-    pytest.skip("needs experts with biases, clamps and a shared gate", allow_module_level=True)
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
 SHAPE = {name: (2, 9, 16, 8, 16, 1 if family.top_1_only else 4, 4, 2) for name, family in FAMILIES.items()}  # D = 2F

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..capacity import CapacityRule
 from ..config import MoEConfig
-from ..routers.presets import PRESETS
 from ..routing import Routing
 from .layouts import Layout, concatenated, interleaved, interleaved_and_transposed, same, stacked, transposed
 
@@ -21,6 +20,8 @@ ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu", 
 
 def _routing(preset: str, **changes) -> dict:
     """The fields of MoEConfig that make the router: the preset's options, with the config's own numbers in place of the model's."""
+    from ..routers.presets import PRESETS  # here, since python -m moe_core.routers.presets must find it not yet imported
+
     options = {**PRESETS[preset].options, **changes}
     fields = {name: options.pop(name) for name in ("norm_topk_prob", "capacity_factor", "jitter_noise") if name in options}
     return {**fields, "router_options": options}

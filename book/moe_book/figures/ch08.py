@@ -28,8 +28,8 @@ def expert_panels(rows: dict, *, ranges: dict, filled: dict, groups: int = 1, li
         absent = [v == float("-inf") for v in value_E]
         traces.append(go.Bar(
             x=list(range(E)), y=[0 if gone else float(v) for v, gone in zip(value_E, absent)], name=title, yaxis=axis, textangle=0,
-            textposition="inside" if lines and title in lines else "outside", insidetextanchor="start",  # a line would cross what stands on top
-             cliponaxis=False, text=["×" if gone else f"{v:.{digits}f}".replace("-", "−") for v, gone in zip(value_E, absent)],
+            textposition="none" if lines and title in lines else "outside",  # a line would cross what stands on top
+            cliponaxis=False, text=["×" if gone else f"{v:.{digits}f}".replace("-", "−") for v, gone in zip(value_E, absent)],
             marker={"color": [c if yes else theme.CLEAR for c, yes in zip(colors, solid_E)], "line": {"color": colors, "width": 2}}))
         if lines and title in lines:
             traces.append(go.Scatter(x=[-0.5, E - 0.5], y=[lines[title]] * 2, mode="lines", yaxis=axis, name=f"{title}: line",

@@ -43,9 +43,25 @@ def balance_in_plain_python(p_TE, indices_TK):
     return E * sum(slots.count(e) / len(slots) * float(p_TE[:, e].mean()) for e in range(E))
 
 
+def dispatch_with_index_add(x_TD, w_TK, e_TK, experts):
+    order = e_TK.flatten().argsort()
+    token_A = order.div(e_TK.shape[1], rounding_mode="floor")
+    counts = load_by_comparing(e_TK, len(experts))
+    results = torch.cat([f(rows) for f, rows in zip(experts, x_TD[token_A].split(counts))])
+    return torch.zeros_like(x_TD).index_add(0, token_A, w_TK.flatten()[order, None] * results)
+
+
+def dispatch_with_the_inverse_permutation(x_TD, w_TK, e_TK, experts):
+    order = e_TK.flatten().sort(stable=True).indices
+    rows = x_TD.repeat_interleave(e_TK.shape[1], 0)[order]
+    results = torch.stack([experts[e](row) for e, row in zip(e_TK.flatten()[order].tolist(), rows)])
+    return torch.einsum("tk,tkd->td", w_TK, results[order.argsort()].unflatten(0, e_TK.shape))
+
+
 RIGHT = {
     "1.1": [count_by_parts, count_from_modules],
     "1.2": [combine_with_a_loop, combine_by_masking],
     "1.3": [load_by_comparing, load_by_scatter],
     "1.4": [balance_by_scatter, balance_in_plain_python],
+    "1.5": [dispatch_with_index_add, dispatch_with_the_inverse_permutation],
 }

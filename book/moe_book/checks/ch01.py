@@ -65,6 +65,32 @@ _probabilities = torch.softmax(torch.randn(12, 4, generator=_generator) * 1.5, -
 _routed = (_probabilities, _probabilities.topk(2).indices)
 _collapsed = (torch.tensor([[0.97, 0.02, 0.01]] * 5), torch.tensor([[0]] * 5))
 
+_tokens = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0], [-1.0, 4.0]], dtype=torch.float64)
+_sent_w = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.9, 0.1], [0.5, 0.5]], dtype=torch.float64)
+_sent_to = torch.tensor([[2, 0], [0, 3], [2, 3], [3, 0]])  # nobody chose expert 1
+_functions = [lambda x: 10 * x, lambda x: x - 1, lambda x: x * x, lambda x: -3 * x + 1]
+_three = (torch.cat([_tokens, _tokens[:1] + 5]), torch.tensor([[0.5, 0.3, 0.2]] * 5, dtype=torch.float64),
+          torch.tensor([[0, 1, 2], [3, 0, 1], [2, 1, 3], [1, 0, 3], [0, 2, 3]]))
+
+
+def _dispatch(token=lambda order, T, K: order // K, back="scatter", weights="slot"):
+    def dispatch(x_TD, w_TK, e_TK, experts):
+        T, K = e_TK.shape
+        order = e_TK.flatten().argsort(stable=True)
+        counts = torch.bincount(e_TK.flatten(), minlength=len(experts)).tolist()
+        rows = x_TD[token(order, T, K)].split(counts)
+        results = torch.cat([f(r) for f, r in zip(experts, rows)])
+        if weights == "unsorted":
+            return torch.zeros_like(x_TD).index_add(0, order // K, w_TK.flatten().unsqueeze(-1) * results)
+        slots = results if back == "none" else results[order] if back == "gather" else torch.empty_like(results).index_copy(0, order, results)
+        weighted = slots.view(T, K, -1) * (w_TK if weights == "slot" else torch.ones_like(w_TK)).unsqueeze(-1)
+        if back == "overwrite":  # the slots of a token in the order of their experts; the last one written stays
+            return weighted[torch.arange(T), e_TK.argmax(-1)]
+        return weighted.sum(1)
+
+    return dispatch
+
+
 EXERCISES = (
     Exercise(
         "1.1", right=_counts(), cases=tuple(_MOE),
@@ -130,6 +156,24 @@ EXERCISES = (
                  "router nothing. One of the two must be the mean probability P. Reread section 1.9."),
             Idea("chosen only", _balance(scores="chosen"), "Your P adds up only the probabilities of chosen experts. P is the mean over all "
                  "tokens: what a token that did not choose e would have given it counts too. Reread section 1.9."),
+        ),
+    ),
+    Exercise(
+        "1.5", right=_dispatch(), cases=((_tokens, _sent_w, _sent_to, _functions), (*_three, _functions)),
+        praise="One gather, one stretch of rows per expert, one way back, and no search for slots inside the loop. This is what DispatchPlan does.",
+        ideas=(
+            Idea("no way back", _dispatch(back="none"), "Your results are still in the order of the experts: row i belongs to slot order[i], not to "
+                 "slot i. Undo the sort before you add up. Reread section 1.5."),
+            Idea("sorted twice", _dispatch(back="gather"), "You wrote results[order], which sorts a second time. The way back is the inverse: "
+                 "slots[order] = results, or results[order.argsort()]."),
+            Idea("tokens repeated in blocks", _dispatch(token=lambda order, T, K: order % T), "You took slot s for token s % T, as if all first slots "
+                 "came before all second ones. e_TK.flatten() goes token by token: slot s belongs to token s // K."),
+            Idea("weights not sorted", _dispatch(weights="unsorted"), "Your rows are sorted by expert and your weights are not, so each result gets "
+                 "the weight of another slot. Sort both: w_TK.flatten()[order]."),
+            Idea("overwritten", _dispatch(back="overwrite"), "Only one result of each token is left. y[t] = ... with a repeated t keeps the last "
+                 "one written; the results of a token must be added up, for example by index_add. Reread section 1.5."),
+            Idea("no weights", _dispatch(weights="none"), "You added the results up without their weights. Then the router decides who speaks but not "
+                 "how loud, and gets no gradient. Reread section 1.3."),
         ),
     ),
 )

@@ -72,10 +72,11 @@ class Activation:
     def pullback(self, grad: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient of ``projected`` (rows, 2F) from that of the output (rows, F), and the output itself. Overwrites ``grad``.
 
-        A few rows at a time, so that what lies between takes no memory to speak of and stays in the cache.
+        Some rows at a time: what lies between then takes little memory and stays in the cache, yet is large enough for several threads.
         """
         grad_projected, output = torch.empty_like(projected), torch.empty_like(grad)
-        for rows in zip(*(tensor.split(64) for tensor in (grad, projected, grad_projected, output))):
+        rows_at_once = max(1, 2**17 // grad.shape[-1])
+        for rows in zip(*(tensor.split(rows_at_once) for tensor in (grad, projected, grad_projected, output))):
             self._pullback(*rows)
         return grad_projected, output
 

@@ -91,7 +91,7 @@ def probabilities(logits_BNE: Tensor, noisy_BNE: Tensor, std_BNE: Tensor | None,
     .. math:: P(x, e) = \Phi\!\left(\frac{(x W_g^\top)_e - \mathrm{kth\_excluding}(H, K, e)}{\sigma_e}\right)
 
     kth_excluding is the K-th largest of the other noisy logits: the (K+1)-th of all if e is among the K, else the K-th. All three
-    are logits; comparing them with softmaxed values is a known bug (davidmrau/mixture-of-experts, issue 32).
+    are logits; comparing them with softmaxed values is a known bug (davidmrau/mixture-of-experts, issue 31).
 
     Args:
         logits_BNE, noisy_BNE: without and with noise. std_BNE: its standard deviation; None (no noise) gives 0 or 1.

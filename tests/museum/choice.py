@@ -184,7 +184,7 @@ BUGS = [
         "x += noise around 1 instead of x *= noise around 1", "fastmoe SwitchGate; Keras Switch example",
         JitterAdded, TopKRouter, jitter_is_relative, "out of zeros"),
     Bug(24, "logits are compared with probabilities", "a load loss that pushes experts the wrong way",
-        "the thresholds come from softmaxed values, what is compared with them does not", "davidmrau/mixture-of-experts #32",
+        "the thresholds come from softmaxed values, what is compared with them does not", "davidmrau/mixture-of-experts #31",
         logits_against_probabilities, probabilities, with_little_noise_the_load_is_the_count, "off by 0"),
     Bug(30, "one-hot of a one-hot", "only experts 0 and 1 are ever called", "zeros and ones are taken for indices",
         "transformers nllb_moe, 5.23.0", one_hot_twice, expert_sets, every_token_visits_its_own_experts, r"only \[0, 1\]"),

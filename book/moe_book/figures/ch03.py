@@ -66,21 +66,21 @@ def product(dispatch_AT, combine_TA, expert_A, *, rows: int, height: int = 470) 
     P, C, experts = array(dispatch_AT, 2, "dispatch_AT"), array(combine_TA, 2, "combine_TA"), array(expert_A, 1, "expert_A")
     A, T = P.shape
     both, color = C @ P, theme.expert_colors(8)
-    step = 290 / (rows + T)
+    step = 12
     traces = []
     for xy, values, colors in ((("x2", "y2"), P, [color[e] for e in experts]), (("x", "y"), C, None), (("x2", "y"), both, None)):
         points = [(i, j, float(values[i, j])) for i in range(values.shape[0]) for j in range(values.shape[1]) if values[i, j] > 1e-9]
-        fill = [theme.fade(colors[i] if colors else theme.MUTED if values is both else color[experts[j]], 0.25 + 0.75 * min(1.0, v))
+        fill = [theme.fade(theme.MUTED, 0.3 * v) if values is both else theme.fade(color[experts[i if colors else j]], 0.25 + 0.75 * min(1.0, v))
                 for i, j, v in points]
         traces.append(go.Scatter(x=[j for _, j, _ in points], y=[i for i, _, _ in points], mode="markers", xaxis=xy[0], yaxis=xy[1],
                                  customdata=[round(v, 2) for _, _, v in points], meta="entry",
                                  marker={"symbol": "square", "size": step, "color": fill, "line": {"width": 0}}))
     diagonal = go.Scatter(x=list(range(T)), y=list(range(T)), xaxis="x2", yaxis="y", mode="text", textfont={"size": 11, "color": theme.INK},
-                          text=[f"{both[t, t]:.2f}".removeprefix("0") for t in range(T)])
-    split = rows / (rows + T) - 0.02
+                          text=[f"{round(both[t, t], 2):g}".removeprefix("0") for t in range(T)])
+    split = 0.6  # the same for every K, and wide enough for the numbers on the diagonal
     grid = {"showgrid": False, "showticklabels": False, "mirror": True, "showline": True, "linecolor": theme.MUTED}
     right, top = [split + 0.07, 1], [T / (rows + T) + 0.05, 0.96]
-    heads = [{"x": right[0], "y": 1, "text": "dispatch P, A × T", "xanchor": "left"},
+    heads = [{"x": right[0], "y": 1, "text": "dispatch, A × T", "xanchor": "left"},
              {"x": 0, "y": top[0] - 0.045, "text": "combine, T × A", "xanchor": "left"},
              {"x": right[0], "y": top[0] - 0.045, "text": "product", "xanchor": "left"}]
     notes = [{**head, "xref": "paper", "yref": "paper", "showarrow": False, "yanchor": "bottom" if head["y"] == 1 else "middle"} for head in heads]

@@ -127,7 +127,7 @@ def test_a_figure_keeps_the_height_it_had_reserved(visit):
 def test_the_figure_follows_the_theme_button(explorers):
     page, found = explorers
     plot = next(plot for explorer in found if (plot := explorer.locator(".moe-plot:not([hidden])")).count())
-    fill = "(e) => { const text = e.querySelector('text'); return text && getComputedStyle(text).fill; }"
+    fill = "(e) => [...e.querySelectorAll('text')].map((text) => getComputedStyle(text).fill).join()"  # some stand on a tile and stay
     light = plot.evaluate(fill)
     page.evaluate("document.documentElement.dataset.theme = 'dark'")
     page.wait_for_function(f"([e, old]) => ({fill})(e) !== old", arg=[plot.element_handle(), light])

@@ -85,8 +85,8 @@ def test_a_change_is_announced_and_the_table_follows(explorers):
         before = said.text_content()
         widget.focus()
         key = KEYS[kind_of(control)]
-        at_end = widget.evaluate("(e) => e.type === 'range' && e.value === e.max")
-        press(page, plot, "ArrowLeft" if at_end else key)
+        at_end = widget.evaluate("(e) => e.tagName === 'SELECT' ? e.selectedIndex === e.options.length - 1 : e.type === 'range' && e.value === e.max")
+        press(page, plot, {"ArrowRight": "ArrowLeft", "ArrowDown": "ArrowUp"}.get(key, key) if at_end else key)
         assert before.strip() and said.text_content().strip()
         assert explorer.locator("tbody tr").count() > 0
 

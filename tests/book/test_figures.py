@@ -5,6 +5,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 from moe_book import figures, theme
+from moe_book.frames import decode
 
 
 def named(figure, name):
@@ -84,6 +85,15 @@ def test_names_of_lines_that_end_together_do_not_overlap():
     ends = [t.y[0] for t in figures.curves({"a": [0.0, 1.0], "b": [2.0, 1.0], "c": [5.0, 1.0]}, height=360).data if t.mode == "text"]
     pixels = np.diff(sorted(ends)) * 300 / (5.0 * 1.12)
     assert (pixels >= 17).all()
+
+
+@pytest.mark.parametrize("sizes", [[4, 8, 64], [0.003, 0.7], [1.0005, 1000.7]])
+def test_on_a_logarithmic_axis_an_explorers_digits_leave_the_names_inside(sizes):
+    shown = decode(figures.curves({"a": sizes}, sizes, log_x=True).to_plotly_json())
+    low, high = shown["layout"]["xaxis"]["range"]
+    every = np.log10([x for trace in shown["data"] for x in trace["x"]])
+    assert low < every.min() and every.max() < high
+    assert every.min() - low < 0.01 and high - every.max() < 0.01
 
 
 def test_a_simplex_has_its_experts_at_the_corners():

@@ -42,7 +42,7 @@ def curves(series: dict, x=None, *, x_title: str = "optimiser step", y_title: st
     return theme.figure(
         [*traces, *_labels(ends, limits, log_y, height)], height=height,
         margin={"l": 64, "r": 36 + 8 * max(len(line) for name in series for line in _wrap(name)), "t": 12, "b": 48},
-        xaxis={"title": {"text": x_title}, "type": kind["x"], **_extent(ends, traces, log_x)},
+        xaxis={"title": {"text": x_title}, "type": kind["x"], "range": _extent(traces, log_x)},
         yaxis={"title": {"text": y_title}, "type": kind["y"], "range": limits},
     )
 
@@ -63,10 +63,15 @@ def _span(traces, log):
     return low - pad, high + pad
 
 
-def _extent(ends, traces, log):
+def _extent(traces, log):
+    """First and last x. Explorers keep 4 digits, and log10 of an end may round inwards: its label would fall off the axis. Hence a margin."""
     every = np.concatenate([np.asarray(t.x, float) for t in traces])
     low, high = every.min(), every.max()
-    return {"range": [float(v) for v in (np.log10([low, high]) if log else (low, high))]}
+    if not log:
+        return [float(low), float(high)]
+    low, high = np.log10([low, high])
+    margin = 1e-3 * max(abs(low), abs(high))
+    return [float(low - margin), float(high + margin)]
 
 
 def _labels(ends, limits, log, height):

@@ -6,7 +6,7 @@ Dimension letters, everywhere: B batch, N tokens per sequence, T = B*N, D d_mode
 C capacity, A kept assignments. A local tensor carries its dims as a suffix: ``scores_BNE``, ``rows_AD``.
 """
 
-from . import capacity, interop, losses, metrics, probe
+from . import accounting, capacity, interop, losses, metrics, probe, published
 from .capacity import CapacityRule
 from .config import MoEConfig
 from .dispatch import DispatchPlan
@@ -27,6 +27,6 @@ __all__ = [
     "BalancedAssignmentRouter", "CapacityRule", "DispatchPlan", "DropReason", "ExpertChoiceRouter", "ExpertThresholdRouter",
     "Experts", "FeedForward", "GShardRouter", "HashRouter", "LMConfig", "LanguageModel", "LossFreeRouter", "MixtureOfExperts",
     "MoEConfig", "NoisyTopKRouter", "QuantileBalancingRouter", "ReLURouter", "Router", "Routing", "SinkhornRouter", "SoftMoE",
-    "SwitchRouter", "TopKRouter", "ZeroComputationExperts", "ZeroComputationRouter", "capacity", "interop", "losses", "metrics",
-    "probe", "upcycle",
+    "SwitchRouter", "TopKRouter", "ZeroComputationExperts", "ZeroComputationRouter", "accounting", "capacity", "interop", "losses",
+    "metrics", "probe", "published", "upcycle",
 ]

@@ -261,6 +261,10 @@ def test_warmup_is_expert_choice_and_lasts_the_steps_it_was_given():
         r.update([r(randn(2, 10, 8, seed=step) + 1)])  # so that the thresholds do not fit x
 
 
+def test_unless_told_otherwise_warmup_lasts_four_memories():
+    assert [ExpertThresholdRouter(8, 4, ema_decay=beta).warmup_steps for beta in (0.0, 0.5, 0.95, 0.99, 0.999)] == [4, 8, 80, 400, 4000]
+
+
 def test_without_warmup_the_first_batch_is_expert_choice_since_there_is_no_threshold_yet():
     assert router()(randn(2, 10, 8)).tokens_per_expert.tolist() == [5] * 4
 

@@ -19,7 +19,7 @@ class DispatchPlan:
 
     How many slots are kept is a value, and a GPU would have to be waited for to know it. A static plan does not ask: it has a row for
     every slot, A = T*K; those of slots that are not kept are zeros, stand at the very end, are counted to the last expert, and
-    what becomes of them gets the weight 0.
+    what becomes of them gets the weight 0. (So where a parameter of the last expert is not finite, their tokens are not either.)
 
     Args:
         routing: what any router returned.

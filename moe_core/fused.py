@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .activations import Activation
 
+
 def fused(rows_AD: Tensor, counts_E: Tensor, gate_up_proj: Tensor, down_proj: Tensor, gate_up_bias: Tensor | None, down_bias: Tensor | None,
           keep_AF: Tensor | None, activation: Activation) -> Tensor:
     """Rows (A, D) sorted by expert, counts (E,) int64 -> (A, D). The other arguments as in ``backends``."""

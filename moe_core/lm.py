@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from ._validate import boolean, one_of, whole
 from .config import MoEConfig
-from .experts import ACTIVATIONS, FeedForward
+from .experts import ACTIVATIONS, Experts, FeedForward
 from .layer import MixtureOfExperts
+from .parallel.expert_parallel import ExpertShard
 from .routers import Router
 from .routing import Routing
 
@@ -114,7 +115,7 @@ class CausalAttention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + feed_forward(norm(x))."""
 
-    def __init__(self, config: LMConfig):
+    def __init__(self, config: LMConfig, shard: ExpertShard | None = None):
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.d_model)
         self.attention = CausalAttention(config.d_model, config.n_heads, config.max_seq_len)
@@ -122,7 +123,7 @@ class Block(nn.Module):
         if config.moe is None:
             self.feed_forward = FeedForward(config.d_model, config.d_ff, activation=config.activation, glu=config.glu)
         else:
-            self.feed_forward = MixtureOfExperts(config.moe)
+            self.feed_forward = MixtureOfExperts(config.moe, shard)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None,
                 token_ids: Tensor | None = None) -> tuple[Tensor, Routing | None]:
@@ -140,13 +141,14 @@ class LanguageModel(nn.Module):
 
     Args:
         config: an ``LMConfig``; ``config.dense_twin()`` is the dense model to compare an MoE with.
+        shard: which of the experts live here, see ``Experts``; None for all of them.
     """
 
-    def __init__(self, config: LMConfig):
+    def __init__(self, config: LMConfig, shard: ExpertShard | None = None):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, shard) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model)
         self.reset_parameters()
 
@@ -157,10 +159,15 @@ class LanguageModel(nn.Module):
         """
         prescribed = {id(weight) for router in self.modules() if isinstance(router, Router) and router.prescribes_start
                       for weight in router.parameters()}
+        banks = {id(parameter): bank for bank in self.modules() if isinstance(bank, Experts) for parameter in bank.parameters()}
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1 and id(parameter) not in prescribed:
                 writes = name.endswith(("out_proj.weight", "down_proj", "down_proj.weight"))
-                nn.init.normal_(parameter, std=0.02 / ((2 * self.config.n_layers) ** 0.5 if writes else 1))
+                std = 0.02 / ((2 * self.config.n_layers) ** 0.5 if writes else 1)
+                if id(parameter) in banks:
+                    banks[id(parameter)].draw(parameter, lambda expert: nn.init.normal_(expert, std=std))
+                else:
+                    nn.init.normal_(parameter, std=std)
 
     def forward(self, tokens_BN: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Routing]]:
         """Predict the next token at every position.

@@ -1,0 +1,120 @@
+"""Exchange: the all-to-all, in one process that holds every rank or between real processes. Nothing here knows of experts.
+
+Expert parallelism is written over an Exchange and over lists with one entry for each rank that lives in this process: all R for
+``SimulatedExchange``, one for ``TorchExchange``. So it is written once.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._validate import whole
+
+Splits = Sequence[Sequence[int]]
+
+
+class Exchange(ABC):
+    """R ranks that can send rows to each other.
+
+    Attributes:
+        n_ranks: R.
+        ranks: the ranks that live in this process.
+    """
+
+    n_ranks: int
+    ranks: tuple[int, ...]
+
+    @abstractmethod
+    def move(self, rows: Sequence[Tensor], send: Splits, receive: Splits, what: str = "rows") -> list[Tensor]:
+        """Send rows from every rank to every rank, without gradient.
+
+        Args:
+            rows: for each rank that lives here (A, ...), the rows for rank 0 first, then those for rank 1, ...
+            send: for each rank that lives here, R numbers of rows to send; their sum is A.
+            receive: for each rank that lives here, R numbers of rows to receive.
+            what: a name for the log.
+
+        Returns:
+            For each rank that lives here the rows it got, those from rank 0 first.
+        """
+
+    def all_to_all(self, rows: Sequence[Tensor], send: Splits, receive: Splits) -> Sequence[Tensor]:
+        """``move`` with a gradient: what came from a rank sends its gradient back there."""
+        return _AllToAll.apply(self, send, receive, *rows)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, exchange: Exchange, send: Splits, receive: Splits, *rows: Tensor):
+        ctx.exchange, ctx.send, ctx.receive = exchange, send, receive
+        return tuple(exchange.move(rows, send, receive))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        return None, None, None, *ctx.exchange.move(grads, ctx.receive, ctx.send, what="gradients")
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One all-to-all as it happened: what was sent, and bytes_RR[s][r], the bytes from rank s to rank r (the diagonal stays at home)."""
+
+    what: str
+    bytes_RR: Tensor
+
+
+class SimulatedExchange(Exchange):
+    """All R ranks in this process: sending is cutting and joining.
+
+    Args:
+        n_ranks: R.
+
+    Attributes:
+        transfers: what was sent so far, in order; ``transfers.clear()`` forgets it.
+
+    Raises:
+        ValueError: n_ranks is not a positive whole number.
+    """
+
+    def __init__(self, n_ranks: int):
+        whole(1, n_ranks=n_ranks)
+        self.n_ranks, self.ranks = n_ranks, tuple(range(n_ranks))
+        self.transfers: list[Transfer] = []
+
+    def move(self, rows: Sequence[Tensor], send: Splits, receive: Splits, what: str = "rows") -> list[Tensor]:
+        """See ``Exchange.move``."""
+        pieces = [rows_s.split(list(send_s)) for rows_s, send_s in zip(rows, send)]
+        self.transfers.append(Transfer(what, torch.tensor([[piece.nbytes for piece in row] for row in pieces])))
+        return [torch.cat([pieces[s][r] for s in self.ranks]) for r in self.ranks]
+
+
+class TorchExchange(Exchange):
+    """Real processes: this one is one rank of a torch.distributed group (gloo on a CPU, NCCL on a GPU).
+
+    Args:
+        group: the process group whose members exchange rows; None for all processes.
+
+    Attributes:
+        rank: this process' rank in the group.
+
+    Raises:
+        RuntimeError: torch.distributed has not been initialised.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None):
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("TorchExchange needs torch.distributed: start under torchrun, or call init_process_group first")
+        self.group, self.rank, self.n_ranks = group, dist.get_rank(group), dist.get_world_size(group)
+        self.ranks = (self.rank,)
+
+    def move(self, rows: Sequence[Tensor], send: Splits, receive: Splits, what: str = "rows") -> list[Tensor]:
+        """See ``Exchange.move``."""
+        [rows_A], [to], [come] = rows, send, receive
+        got = rows_A.new_empty(sum(come), *rows_A.shape[1:])
+        dist.all_to_all_single(got, rows_A.contiguous(), list(come), list(to), group=self.group)
+        return [got]

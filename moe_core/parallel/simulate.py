@@ -1,0 +1,91 @@
+"""An MoE layer as R ranks would run it, in this process, and what they sent each other."""
+
+from typing import TYPE_CHECKING, NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+from ..routing import Routing
+from .exchange import SimulatedExchange, Transfer
+from .expert_parallel import run_rows
+from .placement import Placement, contiguous
+
+if TYPE_CHECKING:
+    from ..layer import MixtureOfExperts  # which itself imports this package
+
+
+class Traffic(NamedTuple):
+    """What one layer's dispatch moved.
+
+    Attributes:
+        rows_RR: (R, R) int64, the rows that rank s sent to rank r; what stays at home is the diagonal.
+        row_bytes: bytes of one row.
+    """
+
+    rows_RR: Tensor
+    row_bytes: int
+
+    @property
+    def bytes_RR(self) -> Tensor:
+        """(R, R) int64, bytes per link of the dispatch; combine sends the transpose. The diagonal is 0: it uses no link."""
+        return (self.rows_RR * self.row_bytes).fill_diagonal_(0)
+
+    @property
+    def rows_per_rank(self) -> Tensor:
+        """(R,) int64, the rows that the experts of each rank work on."""
+        return self.rows_RR.sum(0)
+
+    @property
+    def straggler(self) -> int:
+        """The rank with most rows: all others wait for it."""
+        return int(self.rows_per_rank.argmax())
+
+    @property
+    def imbalance(self) -> float:
+        """The straggler's rows over the mean, 1 at perfect balance: by how much the experts' part of the step is longer. 1 without rows."""
+        rows_R = self.rows_per_rank.double()
+        return float(rows_R.max() / rows_R.mean()) if rows_R.sum() else 1.0
+
+
+class Simulation(NamedTuple):
+    """For each rank its output (B, N, D) and its Routing, and the Traffic of the dispatch."""
+
+    outputs: list[Tensor]
+    routings: list[Routing]
+    traffic: Traffic
+
+
+def simulate(moe: "MixtureOfExperts", xs: Sequence[Tensor], placement: Placement | None = None, *,
+             exchange: SimulatedExchange | None = None) -> Simulation:
+    """Run a whole layer as if its experts were spread over R ranks, each with tokens of its own.
+
+    Every rank routes its own tokens, so a capacity counts for each rank alone, as it does between real processes. Gradients reach
+    the parameters of ``moe`` as the sum over ranks. The path of the rows is the one of the real exchange.
+
+    Args:
+        moe: the layer; its experts all live here.
+        xs: for each of R ranks its tokens (B, N, D); B and N may differ, and be 0.
+        placement: who holds which expert; None for ``contiguous``.
+        exchange: a SimulatedExchange whose log is wanted (it then holds every transfer, of the backward pass too).
+
+    Raises:
+        ValueError: R and the placement do not fit, or the router reads token ids.
+    """
+    placement = placement or contiguous(moe.experts.n_experts, len(xs))
+    exchange = exchange or SimulatedExchange(len(xs))
+    routings = [moe.route(x) for x in xs]
+    plans, rows = zip(*(moe.experts.gather(x, moe.expert_routing(routing)) for x, routing in zip(xs, routings)))
+    counts = [moe.expert_routing(routing).tokens_per_expert for routing in routings]
+    banks = [lambda rows_AD, counts_P, owned=owned: moe.experts.run_rows(rows_AD, counts_P, owned=owned)
+             for owned in placement.experts_of_rank]
+    before = len(exchange.transfers)
+    outs = run_rows(rows, counts, banks, exchange, placement)
+    outputs = [moe.add_others(moe.experts.combine(out_AD, x, plan, moe.expert_routing(routing)), x, routing)
+               for out_AD, x, plan, routing in zip(outs, xs, plans, routings)]
+    return Simulation(outputs, routings, _traffic(exchange.transfers[before:], xs[0]))
+
+
+def _traffic(transfers: Sequence[Transfer], x: Tensor) -> Traffic:
+    dispatch = next(transfer for transfer in transfers if transfer.what == "rows")
+    row_bytes = x.shape[-1] * x.element_size()
+    return Traffic(torch.div(dispatch.bytes_RR, row_bytes, rounding_mode="floor"), row_bytes)

@@ -1,0 +1,167 @@
+"""A training run from start to end: progress, log, checkpoints, and a clean end when it is told to stop or a rank is gone."""
+
+import json
+import signal
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..parallel import checkpoint
+from ..parallel.optimizer import local
+from .config import PretrainConfig
+from .trainer import Trainer
+
+
+class RankLost(RuntimeError):
+    """The other ranks cannot be reached any more; the message names those that are missing, the step and the last checkpoint."""
+
+
+def pretrain(config: PretrainConfig, *, resume: bool = False, store: dist.Store | None = None) -> Path:
+    """Train, log and save. Under torch.distributed every rank calls it.
+
+    Writes to ``config.out``: config.json, log.jsonl (one line a step: loss and aux_loss in nats per byte, lr, grad_norm, max_violation and
+    drop_rate by layer, tokens, seconds; valid_loss where it was measured) and checkpoints/.
+
+    Args:
+        resume: go on from the last whole checkpoint; a new run where there is none.
+        store: that of the process group, by which ranks find out who is missing.
+
+    Returns:
+        The last checkpoint.
+
+    Raises:
+        FileExistsError: the folder holds a run, and resume is False.
+        ValueError: the config does not fit the processes, or the checkpoint holds another model.
+        RankLost: another rank died or did not answer within ``config.timeout`` seconds.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    out, trainer = Path(config.out), None
+    try:
+        trainer = Trainer(config)
+        log = _Log(out, trainer, resume)
+        with _told_to_stop() as told:
+            return _steps(trainer, log, out / "checkpoints", told)
+    except RuntimeError as error:  # what a broken connection or a timeout raises
+        if store is None or not dist.is_initialized() or isinstance(error, checkpoint.BrokenCheckpoint):
+            raise
+        raise _rank_lost(error, store, config, trainer.step if trainer else 0) from error
+
+
+def _steps(trainer: Trainer, log: "_Log", folder: Path, told: list) -> Path:
+    config, saved = trainer.config, None
+    while trainer.step < config.steps:
+        record = trainer.train_step()
+        last = trainer.step == config.steps
+        if last or (config.eval_every and trainer.step % config.eval_every == 0):
+            record["valid_loss"] = trainer.evaluate()
+        log.write(record)
+        stop = trainer.any_rank(bool(told))
+        if last or stop or trainer.step % config.save_every == 0:
+            saved = checkpoint.save(folder, trainer.step, trainer.model, trainer.optimizer, config=config.to_dict())
+        if stop and not last:
+            log.say(f"stopped after step {trainer.step} as asked; --resume goes on from {saved}")
+            break
+    log.close()
+    return saved or checkpoint.newest(folder)
+
+
+class _Log:
+    """config.json, log.jsonl and the progress bar, all of rank 0; and the place where a run is resumed."""
+
+    def __init__(self, out: Path, trainer: Trainer, resume: bool):
+        config, folder = trainer.config, out / "checkpoints"
+        self.file = self.bar = None
+        found = trainer.any_rank(trainer.rank == 0 and (out / "log.jsonl").exists())
+        if found and not resume:
+            raise FileExistsError(f"{out} holds a run already: add --resume to go on with it, or give another --out")
+        last = checkpoint.newest(folder)
+        if last is not None:
+            _same_model(checkpoint.check(last)["notes"]["config"], config)
+            trainer.step = checkpoint.load(last, trainer.model, trainer.optimizer)["step"]
+        if trainer.rank != 0:
+            return
+        from tqdm.auto import tqdm  # only who trains needs it
+
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+        kept = (out / "log.jsonl").read_text().splitlines() if found else []
+        kept = [line for line in kept if line.endswith("}") and json.loads(line)["step"] <= trainer.step]
+        (out / "log.jsonl").write_text("".join(line + "\n" for line in kept))  # steps after the checkpoint are done again
+        self.file = open(out / "log.jsonl", "a", buffering=1)
+        self.bar = tqdm(total=config.steps, initial=trainer.step, unit="step", mininterval=0.5)
+        parameters = sum(local(p).numel() for p in trainer.model.parameters())
+        self.say(f"{trainer.world} process{'es' * (trainer.world > 1)}, ep_size {config.ep_size}, {trainer.device.type}, "
+                 f"{parameters:,} parameters on this rank" + (f", resumed from {last}" if last else ""))
+
+    def write(self, record: dict) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps({name: _short(value) for name, value in record.items()}) + "\n")
+            shown = {name: f"{record[name]:.3f}" for name in ("loss", "valid_loss") if name in record}
+            self.bar.update(1)
+            self.bar.set_postfix(shown | {"MaxVio": f"{max(record['max_violation']):.2f}"}, refresh=False)
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text)
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.bar.close()
+
+
+def _short(value):
+    if isinstance(value, float):
+        return float(f"{value:.9g}")
+    return [_short(item) for item in value] if isinstance(value, list) else value
+
+
+def _same_model(saved: dict, config: PretrainConfig) -> None:
+    saved = PretrainConfig.from_dict(saved)
+    if saved.model() != config.model():
+        raise ValueError(f"the checkpoint holds another model: {saved.model()}, asked for is {config.model()}")
+
+
+@contextmanager
+def _told_to_stop():
+    """A list that is no longer empty once SIGTERM came: the step is finished and saved first."""
+    told = []
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: told.append(signum))
+    try:
+        yield told
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _rank_lost(error: RuntimeError, store: dist.Store, config: PretrainConfig, step: int) -> RankLost:
+    """Every rank that is still there says so; who did not after a few seconds is missing."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    last = sorted((Path(config.out) / "checkpoints").glob("step-*[0-9]"))
+    where = f"the last checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+    try:
+        store.set(f"alive/{rank}", "1")
+        until = time.monotonic() + 3
+        missing = list(range(world))
+        while missing and time.monotonic() < until:
+            missing = [other for other in missing if not store.check([f"alive/{other}"])]
+            time.sleep(0.05)
+        who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {world} gone or silent" if missing else "all ranks stopped"
+    except RuntimeError:  # the store went with the rank that held it
+        who = f"another of the {world} ranks is gone"
+    return RankLost(f"rank {rank}: {who} in step {step} (timeout {config.timeout:g} s); {where}. Cause: {str(error).splitlines()[0]}")
+
+
+def init_process_group(config: PretrainConfig) -> dist.Store:
+    """Join the processes that torchrun started; gloo on a CPU, NCCL on GPUs. Returns the store by which they met."""
+    timeout = timedelta(seconds=config.timeout)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=dist.PrefixStore("pretrain", store), rank=rank,
+                            world_size=world, timeout=timeout)
+    return store

@@ -36,6 +36,21 @@ def seeded(make, *args, seed=0, **kwargs):
         return make(*args, **kwargs)
 
 
+def lopsided(make, **options):
+    """A router of this class for 8 experts, of which expert 0 is far ahead on a ``stream``."""
+    router = seeded(make, **{"d_model": 8, "n_experts": 8, **options})
+    with torch.no_grad():
+        router.weight[0, 0] += 3.0
+    return router
+
+
+def stream(seed, B=4, N=128):
+    """Tokens (B, N, 8) whose first component is 1, another batch for each seed."""
+    x = randn(B, N, 8, seed=seed)
+    x[..., 0] = 1.0
+    return x
+
+
 def routing_of(indices, n_experts, *, scores=None, weights=None, reasons=None, padding_mask=None, capacity=None) -> Routing:
     """A Routing written by hand from nested lists; kept slots, even weights and even scores unless told otherwise."""
     indices = torch.as_tensor(indices, dtype=torch.int64)

@@ -101,8 +101,9 @@ def test_each_form_is_finite_and_differentiable_whatever_the_routing(case):
 @pytest.mark.parametrize("form", FORMS)
 def test_no_form_waits_for_the_device(form):
     with FakeTensorMode():  # any read of a value raises here
-        routing = TopKRouter(8, 4, 2)(torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool))
-        FORMS[form](routing).backward()
+        router = TopKRouter(8, 4, 2)
+        FORMS[form](router(torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.bool))).backward()
+        assert router.weight.grad.shape == router.weight.shape
 
 
 # One by one

@@ -14,9 +14,9 @@ def drawn(make, *args, scale=1.0, seed=0, training=True, **options):
     return router
 
 
-def survives(router, case, *extra):
-    """The contract in training and in eval, finite gradients, state untouched by forward; returns the eval routing."""
-    before = {name: value.clone() for name, value in router.state_dict().items()}
+def survives(router, case, *extra) -> bool:
+    """Finite gradients in training and in eval, and state that forward leaves alone. Raises where a routing breaks the contract."""
+    before, finite = {name: value.clone() for name, value in router.state_dict().items()}, True
     for training in (True, False):
         routing = seeded(router.train(training), case.x(), case.padding_mask(), *extra).check()
         assert routing.expert_indices.shape == (case.B, case.N, router.top_k)
@@ -24,6 +24,5 @@ def survives(router, case, *extra):
         if total.requires_grad:
             router.zero_grad()
             total.backward()
-            assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in router.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in router.state_dict().items())
-    return routing
+            finite &= all(parameter.grad is None or bool(parameter.grad.isfinite().all()) for parameter in router.parameters())
+    return finite and all(torch.equal(value, before[name]) for name, value in router.state_dict().items())

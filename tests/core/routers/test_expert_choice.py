@@ -151,6 +151,7 @@ def test_no_tensor_is_read_on_the_way(scope):
         r = ExpertChoiceRouter(8, 4, scope=scope, z_loss_weight=0.01)
         routing = r(torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.bool))
         (routing.expert_weights.sum() + routing.aux_loss).backward()
+        assert r.weight.grad.shape == r.weight.shape
 
 
 @pytest.mark.parametrize(("changes", "message"), [

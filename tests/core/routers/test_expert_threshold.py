@@ -431,6 +431,7 @@ def test_no_tensor_is_read_on_the_way(training):
         routing = r(torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.bool))
         (routing.expert_weights.sum() + routing.aux_loss).backward()
         r.update([routing])
+        assert r.weight.grad.shape == r.weight.shape and r.cutoffs.shape == (4,)
 
 
 RANK = """

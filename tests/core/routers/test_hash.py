@@ -22,7 +22,7 @@ def ids(*shape, seed=0):
 def test_every_routing_keeps_the_contract(case, weights, score_func):
     router = drawn(HashRouter, case.D, case.E, case.K, scale=case.scale, seed=case.seed, vocab_size=VOCAB, weights=weights,
                    score_func=score_func, norm_topk_prob=case.normalized, capacity_factor=case.capacity_factor)
-    survives(router, case, ids(case.B, case.N, seed=case.seed))
+    assert survives(router, case, ids(case.B, case.N, seed=case.seed))
 
 
 @fast

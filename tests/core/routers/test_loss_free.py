@@ -28,7 +28,7 @@ def test_every_routing_keeps_the_contract(case):
     r = drawn(LossFreeRouter, case.D, case.E, case.K, scale=case.scale, seed=case.seed, capacity_factor=case.capacity_factor,
               sequence_loss_weight=0.01, z_loss_weight=0.001, norm_topk_prob=case.normalized)
     r.expert_bias.copy_(3 * randn(case.E, seed=case.seed))
-    survives(r, case)
+    assert survives(r, case)
 
 
 def test_after_one_step_busy_experts_have_gone_down_and_idle_ones_up():

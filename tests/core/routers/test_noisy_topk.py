@@ -25,7 +25,7 @@ def noisy_case(scale=1.0):
 def test_every_routing_keeps_the_contract(case):
     router = drawn(NoisyTopKRouter, case.D, case.E, case.K, scale=case.scale, seed=case.seed, capacity_factor=case.capacity_factor,
                    aux_loss_weight=0.01, z_loss_weight=0.001)
-    survives(router, case)
+    assert survives(router, case)
 
 
 def test_both_weights_start_at_zero():

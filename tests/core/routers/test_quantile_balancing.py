@@ -8,25 +8,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_core.routers.quantile_balancing import QuantileBalancingRouter, balancing_bias
 
-from ..helpers import cases, fast, randn, seeded
+from ..helpers import cases, fast, lopsided, randn, seeded, stream
 
 
 def router(**changes) -> QuantileBalancingRouter:
     return seeded(QuantileBalancingRouter, **{"d_model": 8, "n_experts": 4, "top_k": 2, **changes})
-
-
-def lopsided(**changes) -> QuantileBalancingRouter:
-    """Expert 0 is far ahead for inputs whose first component is 1."""
-    r = router(**{"n_experts": 8, **changes})
-    with torch.no_grad():
-        r.weight[0, 0] += 3.0
-    return r
-
-
-def stream(seed, B=4, N=128):
-    x = randn(B, N, 8, seed=seed)
-    x[..., 0] = 1.0
-    return x
 
 
 def max_violation(routing) -> float:
@@ -59,7 +45,7 @@ def test_one_turn_by_hand():
 
 @pytest.mark.parametrize("score_func", ["sigmoid", "softmax"])
 def test_a_collapsed_router_is_balanced_within_a_few_steps(score_func):
-    r = lopsided(score_func=score_func)
+    r = lopsided(QuantileBalancingRouter, top_k=2, score_func=score_func)
     assert max_violation(r(stream(0))) > 2  # one expert takes half of all slots, and there are 8
     for seed in range(1, 10):
         r.update([r(stream(seed))])
@@ -69,7 +55,7 @@ def test_a_collapsed_router_is_balanced_within_a_few_steps(score_func):
 
 
 def test_many_alternations_balance_the_batch_they_saw():
-    r = lopsided(n_alternations=50)
+    r = lopsided(QuantileBalancingRouter, top_k=2, n_alternations=50)
     x = stream(0)
     r.update([r(x)])
     assert max_violation(r(x)) < 0.05
@@ -150,7 +136,7 @@ def test_with_every_expert_chosen_there_is_nothing_to_balance():
 
 
 def test_a_token_routed_alone_goes_where_it_goes_in_the_batch_in_training_too():
-    r = lopsided()
+    r = lopsided(QuantileBalancingRouter, top_k=2)
     r.update([r(stream(0))])
     x = stream(1, B=2, N=8)
     together = r(x)
@@ -160,7 +146,7 @@ def test_a_token_routed_alone_goes_where_it_goes_in_the_batch_in_training_too():
 
 
 def test_the_state_survives_saving_and_a_cast_to_bfloat16():
-    r = lopsided()
+    r = lopsided(QuantileBalancingRouter, top_k=2)
     r.update([r(stream(0))])
     copy = router(n_experts=8)
     copy.load_state_dict(r.state_dict())
@@ -174,6 +160,7 @@ def test_no_tensor_is_read_on_the_way():
         routing = r(torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.bool))
         (routing.expert_weights.sum() + routing.aux_loss).backward()
         r.update([routing])
+        assert r.weight.grad.shape == r.weight.shape and r.beta.shape == (4,)
 
 
 @pytest.mark.parametrize(("changes", "message"), [

@@ -12,25 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moe_core.routers.balanced_assignment import BalancedAssignmentRouter, balanced_assignment, cheapest_chain
 from moe_core.routers.sinkhorn import SinkhornRouter, sinkhorn
 
-from ..helpers import cases, fast, randn, seeded
+from ..helpers import cases, fast, lopsided, randn, seeded, stream
 
 
 def router(cls=SinkhornRouter, **changes):
     return seeded(cls, **{"d_model": 8, "n_experts": 4, **changes})
-
-
-def lopsided(cls=SinkhornRouter, **changes):
-    """Expert 0 is every token's best when the first component is 1."""
-    r = router(cls, **{"n_experts": 8, **changes})
-    with torch.no_grad():
-        r.weight[0, 0] += 3.0
-    return r
-
-
-def stream(seed, B=4, N=128):
-    x = randn(B, N, 8, seed=seed)
-    x[..., 0] = 1.0
-    return x
 
 
 # Sinkhorn
@@ -67,7 +53,7 @@ def test_it_is_the_scaling_of_the_exponentials():
 
 
 def test_a_collapsed_router_is_spread_in_training_and_collapsed_in_eval():
-    r, x = lopsided(), stream(0)
+    r, x = lopsided(SinkhornRouter), stream(0)
     even = r(x).tokens_per_expert.double()
     assert even.max() / even.mean() < 2  # the plan is exactly even, its argmax is not
     collapsed = r.eval()(x)
@@ -77,7 +63,7 @@ def test_a_collapsed_router_is_spread_in_training_and_collapsed_in_eval():
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_weights_are_the_raw_scores_of_the_experts_chosen(top_k):
-    r, x = lopsided(top_k=top_k), stream(0)
+    r, x = lopsided(SinkhornRouter, top_k=top_k), stream(0)
     routing = r(x)
     scores = routing.logits.sigmoid() if top_k == 1 else routing.logits.softmax(-1)
     assert torch.equal(routing.expert_weights, scores.gather(-1, routing.expert_indices))
@@ -86,7 +72,7 @@ def test_weights_are_the_raw_scores_of_the_experts_chosen(top_k):
 
 
 def test_logits_that_overflow_an_exponential_are_still_balanced():
-    r = lopsided(max_rounds=300)
+    r = lopsided(SinkhornRouter, max_rounds=300)
     with torch.no_grad():
         r.weight *= 200  # logits up to a thousand
     routing = r(stream(0, N=16)).check()
@@ -94,7 +80,7 @@ def test_logits_that_overflow_an_exponential_are_still_balanced():
 
 
 def test_what_padding_holds_changes_no_route():
-    r, real = lopsided(), stream(0, N=16)
+    r, real = lopsided(SinkhornRouter), stream(0, N=16)
     padding_mask = torch.tensor([[False] * 3 + [True] * 16] * 4)
     padded = r(torch.cat([100 * randn(4, 3, 8, seed=1), real], dim=1), padding_mask).check()
     assert torch.equal(padded.expert_indices[:, 3:], r(real).expert_indices)
@@ -119,6 +105,7 @@ def test_no_tensor_is_read_when_the_rounds_are_counted():
         r = SinkhornRouter(8, 4, 2, tolerance=0.0, max_rounds=3, z_loss_weight=0.01)
         routing = r(torch.randn(2, 6, 8), torch.ones(2, 6, dtype=torch.bool))
         (routing.expert_weights.sum() + routing.aux_loss).backward()
+        assert r.weight.grad.shape == r.weight.shape
 
 
 # Balanced assignment

@@ -16,7 +16,7 @@ from .drawn import drawn, survives
 @given(cases())
 def test_every_routing_keeps_the_contract(case):
     case.K = 1
-    survives(drawn(SwitchRouter, case.D, case.E, scale=case.scale, seed=case.seed, capacity_factor=case.capacity_factor), case)
+    assert survives(drawn(SwitchRouter, case.D, case.E, scale=case.scale, seed=case.seed, capacity_factor=case.capacity_factor), case)
 
 
 def test_the_weight_is_the_largest_probability_and_the_index_its_expert():

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .exercise import Exercise, Idea
+from .exercise import Exercise, Idea, flipped
 
 # 2.1: one token's route
 _logits = torch.tensor([0.5, 2.0, -1.0, 1.5])
@@ -99,10 +99,7 @@ def _nudged(h_TE, K):
 
 
 _STATEMENTS = "FFTFTF"
-
-
-def _flipped(i):
-    return _STATEMENTS[:i] + ("T" if _STATEMENTS[i] == "F" else "F") + _STATEMENTS[i + 1 :]
+_flipped = flipped(_STATEMENTS)
 
 
 EXERCISES = (
@@ -158,17 +155,17 @@ EXERCISES = (
         "2.4", right=_STATEMENTS,
         praise="Choice, weights and gradient are three different questions, and you told them apart.",
         ideas=(
-            Idea("shift", _flipped(0), "Look at (a) again. A shift multiplies all exponentials by the same number, and a softmax divides it "
+            Idea("shift", _flipped[0], "Look at (a) again. A shift multiplies all exponentials by the same number, and a softmax divides it "
                  "out. Reread section 2.2."),
-            Idea("scale chooses", _flipped(1), "Look at (b) again. Doubling keeps the order of the logits, and the choice is the order. "
+            Idea("scale chooses", _flipped[1], "Look at (b) again. Doubling keeps the order of the logits, and the choice is the order. "
                  "Reread section 2.3."),
-            Idea("scale weighs not", _flipped(2), "Look at (c) again. Doubling the matrix doubles the logits and their distances; that is "
+            Idea("scale weighs not", _flipped[2], "Look at (c) again. Doubling the matrix doubles the logits and their distances; that is "
                  "half the temperature. Reread section 2.3."),
-            Idea("renormalised reaches all", _flipped(3), "Look at (d) again. Renormalised weights are a softmax over the K chosen logits. "
+            Idea("renormalised reaches all", _flipped[3], "Look at (d) again. Renormalised weights are a softmax over the K chosen logits. "
                  "The others appear nowhere in it. Reread section 2.7."),
-            Idea("denominator forgotten", _flipped(4), "Look at (e) again. Each weight is divided by a sum over all experts, and there "
+            Idea("denominator forgotten", _flipped[4], "Look at (e) again. Each weight is divided by a sum over all experts, and there "
                  "stand the logits of the others. Reread section 2.7."),
-            Idea("experts learn unseen", _flipped(5), "Look at (f) again. A logit is one thing, an expert's matrices another. An expert that "
+            Idea("experts learn unseen", _flipped[5], "Look at (f) again. A logit is one thing, an expert's matrices another. An expert that "
                  "did not run is in no formula, so its matrices get nothing. Reread section 2.7."),
         ),
     ),

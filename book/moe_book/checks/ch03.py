@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .exercise import Exercise, Idea
+from .exercise import Exercise, Idea, flipped
 
 _generator = torch.Generator().manual_seed(3)
 
@@ -106,10 +106,7 @@ def _bytes(number=4, places=lambda T, E, K: math.ceil(T * K / E)):
 
 
 _STATEMENTS = "TFFTTF"
-
-
-def _flipped(i):
-    return _STATEMENTS[:i] + ("T" if _STATEMENTS[i] == "F" else "F") + _STATEMENTS[i + 1 :]
+_flipped = flipped(_STATEMENTS)
 
 
 EXERCISES = (
@@ -186,15 +183,15 @@ EXERCISES = (
         "3.6", right=_STATEMENTS,
         praise="You kept apart what is exact, what is only rounding, and what is a bug.",
         ideas=(
-            Idea("gather is not combine", _flipped(0), "Look at (a) again. Dispatch copies a token to K rows, so its gradient is the sum of the "
+            Idea("gather is not combine", _flipped[0], "Look at (a) again. Dispatch copies a token to K rows, so its gradient is the sum of the "
                  "gradients of these rows: a combine with weights of 1. Reread section 3.3."),
-            Idea("times zero is zero", _flipped(1), "Look at (b) again. What is 0 times NaN? Reread section 3.6."),
-            Idea("None is zero", _flipped(2), "Look at (c) again. An expert that is skipped is not part of the graph: its gradient is None. Reread "
+            Idea("times zero is zero", _flipped[1], "Look at (b) again. What is 0 times NaN? Reread section 3.6."),
+            Idea("None is zero", _flipped[2], "Look at (c) again. An expert that is skipped is not part of the graph: its gradient is None. Reread "
                  "section 3.5."),
-            Idea("any order will do", _flipped(3), "Look at (d) again. Sums of rounded numbers depend on their order. Reread section 3.8."),
-            Idea("homogeneous", _flipped(4), "Look at (e) again. A ReLU without a gate lets a positive factor through: relu(w h) = w relu(h). "
+            Idea("any order will do", _flipped[3], "Look at (d) again. Sums of rounded numbers depend on their order. Reread section 3.8."),
+            Idea("homogeneous", _flipped[4], "Look at (e) again. A ReLU without a gate lets a positive factor through: relu(w h) = w relu(h). "
                  "Reread section 3.9."),
-            Idea("sorting saves work", _flipped(5), "Look at (f) again. Each row still meets the matrices of its expert. What falls is the number of "
+            Idea("sorting saves work", _flipped[5], "Look at (f) again. Each row still meets the matrices of its expert. What falls is the number of "
                  "calls, not of multiplications. Reread section 3.1."),
         ),
     ),

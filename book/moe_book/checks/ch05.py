@@ -2,7 +2,7 @@
 
 import torch
 
-from .exercise import Exercise, Idea
+from .exercise import Exercise, Idea, flipped
 
 _generator = torch.Generator().manual_seed(5)
 _h = 2 * torch.randn(7, 4, generator=_generator)
@@ -108,10 +108,7 @@ def _unweighted(shares, scores):
 
 
 _STATEMENTS = "FFFTFT"
-
-
-def _flipped(i):
-    return _STATEMENTS[:i] + ("T" if _STATEMENTS[i] == "F" else "F") + _STATEMENTS[i + 1 :]
+_flipped = flipped(_STATEMENTS)
 
 
 EXERCISES = (
@@ -230,16 +227,16 @@ EXERCISES = (
         "5.8", right=_STATEMENTS,
         praise="Entropy, load, value and gradient: four things that are easily taken for one another.",
         ideas=(
-            Idea("entropy is balance", _flipped(0), "Look at (a) again. A router can be undecided about every token and yet lean to the same "
+            Idea("entropy is balance", _flipped[0], "Look at (a) again. A router can be undecided about every token and yet lean to the same "
                  "expert each time. Reread section 5.2."),
-            Idea("counts have gradients", _flipped(1), "Look at (b) again. f is a count: move a logit a little and it stays or jumps. "
+            Idea("counts have gradients", _flipped[1], "Look at (b) again. f is a count: move a logit a little and it stays or jumps. "
                  "Reread section 5.3."),
-            Idea("collapse is E", _flipped(2), "Look at (c) again. A token has K slots and an expert can hold one of them, so a share is at "
+            Idea("collapse is E", _flipped[2], "Look at (c) again. A token has K slots and an expert can hold one of them, so a share is at "
                  "most 1/K and the loss E/K. Reread section 5.3."),
-            Idea("shift invariant", _flipped(3), "Look at (d) again. A shift cancels in the softmax, but the logsumexp grows by it. "
+            Idea("shift invariant", _flipped[3], "Look at (d) again. A shift cancels in the softmax, but the logsumexp grows by it. "
                  "Reread section 5.7."),
-            Idea("pooled is enough", _flipped(4), "Look at (e) again. Two layers can be collapsed in complementary ways. Reread section 5.6."),
-            Idea("always pushes", _flipped(5), "Look at (f) again. Put f = 1/E into the gradient: each term is compared with itself. "
+            Idea("pooled is enough", _flipped[4], "Look at (e) again. Two layers can be collapsed in complementary ways. Reread section 5.6."),
+            Idea("always pushes", _flipped[5], "Look at (f) again. Put f = 1/E into the gradient: each term is compared with itself. "
                  "Reread section 5.4."),
         ),
     ),

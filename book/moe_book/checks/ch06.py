@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .exercise import Exercise, Idea
+from .exercise import Exercise, Idea, flipped
 
 # 6.1: how many places
 _SHAPES = ((1024, 2, 8, 1.25), (1000, 2, 16, 1.1), (100, 3, 7, 1.0), (50, 2, 7, 1.25), (12, 2, 5, 0.5))
@@ -88,10 +88,7 @@ def _renormalised(x_TD, f_TKD, w_TK, kept_TK):
 
 
 _STATEMENTS = "FTFTFT"
-
-
-def _flipped(i):
-    return _STATEMENTS[:i] + ("T" if _STATEMENTS[i] == "F" else "F") + _STATEMENTS[i + 1 :]
+_flipped = flipped(_STATEMENTS)
 
 
 EXERCISES = (
@@ -171,17 +168,17 @@ EXERCISES = (
         "6.6", right=_STATEMENTS,
         praise="Capacity bounds the work, chooses whom to turn away, and teaches the router nothing about balance.",
         ideas=(
-            Idea("policies differ in number", _flipped(0), "Look at (a) again. Whatever the order of a queue, C of it stay. The policies differ in "
+            Idea("policies differ in number", _flipped[0], "Look at (a) again. Whatever the order of a queue, C of it stay. The policies differ in "
                  "whom. Reread section 6.4."),
-            Idea("skew is all", _flipped(1), "Look at (b) again. At the same shares, more experts mean a smaller even share, so the busiest is further above it. "
+            Idea("skew is all", _flipped[1], "Look at (b) again. At the same shares, more experts mean a smaller even share, so the busiest is further above it. "
                  "Reread section 6.3."),
-            Idea("a large batch cures skew", _flipped(2), "Look at (c) again. A large batch smooths chance. Popularity is no chance: it grows with the batch. "
+            Idea("a large batch cures skew", _flipped[2], "Look at (c) again. A large batch smooths chance. Popularity is no chance: it grows with the batch. "
                  "Reread section 6.3."),
-            Idea("position sees the future", _flipped(3), "Look at (d) again. Position asks who came before, so what comes later changes nothing. Score compares "
+            Idea("position sees the future", _flipped[3], "Look at (d) again. Position asks who came before, so what comes later changes nothing. Score compares "
                  "with later tokens too. Reread section 6.7."),
-            Idea("capacity stops collapse", _flipped(4), "Look at (e) again. The tokens that got in still teach the favourite, and those turned away teach nobody. Reread "
+            Idea("capacity stops collapse", _flipped[4], "Look at (e) again. The tokens that got in still teach the favourite, and those turned away teach nobody. Reread "
                  "section 6.8."),
-            Idea("neighbours do not matter", _flipped(5), "Look at (f) again. The queue is made of the other tokens of the batch: with others in it, the same token may "
+            Idea("neighbours do not matter", _flipped[5], "Look at (f) again. The queue is made of the other tokens of the batch: with others in it, the same token may "
                  "find no room. Reread section 6.7."),
         ),
     ),

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from .exercise import Exercise, Idea
+from .exercise import Exercise, Idea, flipped
 
 # 7.1: noise, then choice, then weights
 _h = torch.tensor([2.0, 1.5, 1.0, 0.0])
@@ -125,10 +125,7 @@ def _asked(p_TE, weigh=lambda first, second: 2 * second / (first + second)):
 
 # 7.6: statements
 _STATEMENTS = "TFFTFT"
-
-
-def _flipped(i):
-    return _STATEMENTS[:i] + ("T" if _STATEMENTS[i] == "F" else "F") + _STATEMENTS[i + 1 :]
+_flipped = flipped(_STATEMENTS)
 
 
 EXERCISES = (
@@ -207,14 +204,14 @@ EXERCISES = (
         "7.6", right=_STATEMENTS,
         praise="You can tell what noise finds, what a loss balances, and what a weight of 1 hides.",
         ideas=(
-            Idea("noise finds nothing", _flipped(0), "Look at (a) again. Without a visit there is no gradient, and without a gradient the row stays as it is. "
+            Idea("noise finds nothing", _flipped[0], "Look at (a) again. Without a visit there is no gradient, and without a gradient the row stays as it is. "
                  "What else could bring a visit? Reread section 7.2."),
-            Idea("noise balances", _flipped(1), "Look at (b) again. What was the spread of the load with noise and without any loss? Reread section 7.9."),
-            Idea("softmax heals", _flipped(2), "Look at (c) again. A softmax over a single number is 1, in whatever order it is computed. "
+            Idea("noise balances", _flipped[1], "Look at (b) again. What was the spread of the load with noise and without any loss? Reread section 7.9."),
+            Idea("softmax heals", _flipped[2], "Look at (c) again. A softmax over a single number is 1, in whatever order it is computed. "
                  "Reread section 7.5."),
-            Idea("estimate and count differ", _flipped(3), "Look at (d) again. What did the two curves do when 1000 draws were averaged? Reread section 7.4."),
-            Idea("capacity decides the lottery", _flipped(4), "Look at (e) again. Which comes first, the lottery or the queue? Reread section 7.8."),
-            Idea("same in eval", _flipped(5), "Look at (f) again. In eval the second is always asked, and it enters with g2. What does it add on average "
+            Idea("estimate and count differ", _flipped[3], "Look at (d) again. What did the two curves do when 1000 draws were averaged? Reread section 7.4."),
+            Idea("capacity decides the lottery", _flipped[4], "Look at (e) again. Which comes first, the lottery or the queue? Reread section 7.8."),
+            Idea("same in eval", _flipped[5], "Look at (f) again. In eval the second is always asked, and it enters with g2. What does it add on average "
                  "in training? Reread section 7.8."),
         ),
     ),

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .exercise import Exercise, Idea
+from .exercise import Exercise, Idea, flipped
 
 _generator = torch.Generator().manual_seed(9)
 _p_TE = torch.softmax(2 * torch.randn(8, 4, generator=_generator), -1)
@@ -106,10 +106,7 @@ def _paper(T, E, c):
 
 
 _STATEMENTS = "TFFTFT"
-
-
-def _flipped(i):
-    return _STATEMENTS[:i] + ("T" if _STATEMENTS[i] == "F" else "F") + _STATEMENTS[i + 1 :]
+_flipped = flipped(_STATEMENTS)
 
 
 # 9.5: a causal stand-in
@@ -224,17 +221,17 @@ EXERCISES = (
         "9.6", right=_STATEMENTS,
         praise="Balance, causality and independence of the batch are three different things, and you told them apart.",
         ideas=(
-            Idea("balance is not exact", _flipped(0), "Look at (a) again. Every expert takes exactly c tokens, whatever the scores are. "
+            Idea("balance is not exact", _flipped[0], "Look at (a) again. Every expert takes exactly c tokens, whatever the scores are. "
                  "Reread section 9.1."),
-            Idea("all tokens served", _flipped(1), "Look at (b) again. Experts choose by themselves, and nobody makes sure that each token is "
+            Idea("all tokens served", _flipped[1], "Look at (b) again. Experts choose by themselves, and nobody makes sure that each token is "
                  "chosen by someone. Reread section 9.2."),
-            Idea("mask suffices", _flipped(2), "Look at (c) again. The mask guards the attention. The leak goes through the router, which the mask "
+            Idea("mask suffices", _flipped[2], "Look at (c) again. The mask guards the attention. The leak goes through the router, which the mask "
                  "does not touch. Reread section 9.3."),
-            Idea("sequence scope is not invariant", _flipped(3), "Look at (d) again. With a pool per sequence no other sequence takes part. It is "
+            Idea("sequence scope is not invariant", _flipped[3], "Look at (d) again. With a pool per sequence no other sequence takes part. It is "
                  "later tokens of the same sequence that still do. Reread section 9.3."),
-            Idea("larger pools leak more", _flipped(4), "Look at (e) again. In a large pool one token moves the border of an expert less, "
+            Idea("larger pools leak more", _flipped[4], "Look at (e) again. In a large pool one token moves the border of an expert less, "
                  "and many unknown tokens move it. Reread section 9.6."),
-            Idea("encoders too", _flipped(5), "Look at (f) again. An encoder may see all of its input by design. There is no future to leak. "
+            Idea("encoders too", _flipped[5], "Look at (f) again. An encoder may see all of its input by design. There is no future to leak. "
                  "Reread section 9.7."),
         ),
     ),

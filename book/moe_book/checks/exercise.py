@@ -109,6 +109,12 @@ class Exercise:
         return Verdict(self.number, "not attempted", "Nothing came back: write your answer in place of the ... (and end it with a return).")
 
 
+def flipped(statements: str) -> list[str]:
+    """Answers to true-or-false statements, such as "TFF", each with one place wrong: "FFF", "TTF", "TFT"."""
+    other = {"T": "F", "F": "T"}
+    return [statements[:i] + other[said] + statements[i + 1 :] for i, said in enumerate(statements)]
+
+
 def _call(answer: Any, case: tuple) -> Any:
     return answer(*_copies(case)) if callable(answer) else answer
 

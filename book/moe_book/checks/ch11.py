@@ -100,7 +100,7 @@ EXERCISES = (
                  "too many experts must raise it. Reread section 11.5."),
             Idea("only up", 1.2**3, "You counted the three steps with too many experts. The two with too few divide by 1.2 again: lambda goes both "
                  "ways. Reread section 11.5."),
-            Idea("every step", 1.2**5, "You multiplied in each of the five steps. It grows only while tokens take more than k = 2 experts. "
+            Idea("every step", 1.2**5, "You multiplied in each of the five steps. It grows only while tokens take more than K = 2 experts. "
                  "Reread section 11.5."),
         ),
         "Three up, two down. Only on which side of k the number lies matters, not how far.",

@@ -33,7 +33,7 @@ def standings(values: dict, *, x_title: str, x_range, out: dict | None = None, d
 
 
 def plan(shares, chosen) -> go.Figure:
-    """A transport plan as a heatmap, tokens in rows and experts in columns, with the sum of each; the chosen cell is ringed.
+    """A transport plan as a heatmap, tokens in rows and experts in columns, with the sum of each; the chosen cell is framed.
 
     Args:
         shares: (T, E) the plan, times T: a token's row should sum to 1.
@@ -43,9 +43,9 @@ def plan(shares, chosen) -> go.Figure:
     T, E = share_TE.shape
     cells = go.Heatmap(x=list(range(E)), y=list(range(T)), z=share_TE.round(3).tolist(), zmin=0, zmax=1, showscale=False, xgap=3, ygap=3, meta="share",
                        colorscale=[[0, theme.fade(theme.OKABE_ITO[0], 0.04)], [1, theme.fade(theme.OKABE_ITO[0], 0.9)]])
-    rings = go.Scatter(x=chosen_T.tolist(), y=list(range(T)), mode="markers", hoverinfo="skip",
+    frames = go.Scatter(x=chosen_T.tolist(), y=list(range(T)), mode="markers", hoverinfo="skip",
                        marker={"symbol": "square-open", "size": 22, "color": theme.INK, "line": {"width": 2}})
-    return theme.figure([cells, rings], height=90 + 34 * T, margin={"l": 96, "r": 12, "t": 8, "b": 64},
+    return theme.figure([cells, frames], height=90 + 34 * T, margin={"l": 96, "r": 12, "t": 8, "b": 64},
                         xaxis={"title": {"text": "expert, and the sum of its column"}, "tickvals": list(range(E)),
                                "ticktext": [f"{e}<br>{v:.2f}" for e, v in enumerate(share_TE.sum(0))]},
                         yaxis={"tickvals": list(range(T)), "ticktext": [f"{'abcdefghijkl'[t]}  sum {v:.2f}" for t, v in enumerate(share_TE.sum(1))],

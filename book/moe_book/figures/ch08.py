@@ -29,14 +29,15 @@ def expert_panels(rows: dict, *, ranges: dict, filled: dict, groups: int = 1, li
         traces.append(go.Bar(
             x=list(range(E)), y=[0 if gone else float(v) for v, gone in zip(value_E, absent)], name=title, yaxis=axis, textangle=0,
             textposition="none" if lines and title in lines else "outside",  # a line would cross what stands on top
-            cliponaxis=False, text=["×" if gone else f"{v:.{digits}f}".replace("-", "−") for v, gone in zip(value_E, absent)],
+            cliponaxis=False, constraintext="none", textfont={"size": 14 if E <= 4 else 12},  # eight labels fit a phone, none is shrunk
+            text=["×" if gone else f"{v:.{digits}f}".replace("-", "−") for v, gone in zip(value_E, absent)],
             marker={"color": [c if yes else theme.CLEAR for c, yes in zip(colors, solid_E)], "line": {"color": colors, "width": 2}}))
         if lines and title in lines:
             traces.append(go.Scatter(x=[-0.5, E - 0.5], y=[lines[title]] * 2, mode="lines", yaxis=axis, name=f"{title}: line",
                                      line={"color": theme.INK, "dash": "dash", "width": 1.5}))
         top = 1 - i * room
         layout["yaxis" if i == 0 else f"yaxis{i + 1}"] = {
-            "title": {"text": title}, "domain": [top - room + (0.1 if i < n - 1 else 0.0), top - 0.02], "range": [low, high], "nticks": 4,
+            "title": {"text": title}, "domain": [top - room + (0.1 if i < n - 1 else 0.0), top - 0.02], "range": [low, high], "nticks": 5,
             "zeroline": True, "zerolinecolor": theme.MUTED}
     for g in range(1, groups):
         x = g * E / groups - 0.5

@@ -82,7 +82,8 @@ def counts(share, *, unit: str = "share of the bytes", top: float = 1.0, height:
     share_M = array(share, 1, "share")
     x = list(range(len(share_M)))
     bars = go.Bar(x=x, y=share_M.tolist(), marker={"color": [theme.CLEAR, *[theme.OKABE_ITO[0]] * (len(x) - 1)], "line": {"color": theme.OKABE_ITO[0], "width": 2}},
-                  text=[f"{v:.0%}" if v >= 0.005 else "" for v in share_M], textposition="outside", textangle=0, cliponaxis=False)
+                  text=[f"{v:.0%}" if v >= 0.005 else "" for v in share_M], textposition="outside", textangle=0, cliponaxis=False,
+                  constraintext="none", textfont={"size": 12})  # one size for all, on a phone too
     return theme.figure([bars], height=height, bargap=0.3, margin={"l": 60, "r": 8, "t": 12, "b": 48},
                         xaxis={"title": {"text": "experts per byte"}, "tickvals": x, "range": [-0.6, len(x) - 0.4]},
                         yaxis={"title": {"text": unit}, "range": [0, top], "tickformat": ".0%"})

@@ -5,6 +5,7 @@ versions, and the curves. Chapters load the JSON and say so.
 """
 
 import json
+import math
 import os
 import platform
 import re
@@ -12,15 +13,29 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 FOLDER = Path(__file__).resolve().parent.parent / "runs"
 
 
+def sweep(run, arms, seeds: list[int], *args) -> dict[str, list]:
+    """arm -> [run(arm, seed, *args) for each seed], for every one of the arms; all arms of a seed before the next seed.
+
+    On one thread: models as small as these do not gain from a second, and a run's numbers then do not depend on how many there are.
+    """
+    torch.set_num_threads(1)
+    results = {arm: [] for arm in arms}
+    for seed in tqdm(seeds, unit="seed"):
+        for arm in results:
+            results[arm].append(run(arm, seed, *args))
+    return results
+
+
 def save(name: str, *, config: dict, seeds: list[int], results: dict) -> Path:
-    """Write ``book/runs/NAME.json`` with the circumstances of the run. Floats are rounded to 5 significant digits.
+    """Write ``book/runs/NAME.json`` with the circumstances of the run; the results as ``rounded`` gives them.
 
     Raises:
-        ValueError: fewer than three seeds, too few to show a band.
+        ValueError: fewer than three seeds, too few to show a band; or a number is not finite.
     """
     if len(seeds) < 3:
         raise ValueError(f"seeds={seeds} must hold at least 3 seeds")
@@ -32,10 +47,10 @@ def save(name: str, *, config: dict, seeds: list[int], results: dict) -> Path:
                     "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
         "config": config,
         "seeds": seeds,
-        "results": _rounded(results),
+        "results": rounded(results),
     }
     path = FOLDER / f"{name}.json"
-    text = json.dumps(record, indent=1, sort_keys=True, separators=(",", ": "))
+    text = json.dumps(record, indent=1, sort_keys=True, separators=(",", ": "), allow_nan=False)
     text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: "[" + re.sub(r",\n\s*", ",", found[1]) + "]", text)  # a list of numbers, a line
     path.write_text(text + "\n")
     return path
@@ -65,11 +80,18 @@ def reproductions() -> list[dict]:
     return found
 
 
-def _rounded(value):
+def rounded(value, where: str = "results"):
+    """The value as it is stored: floats with 5 significant digits, tuples as lists.
+
+    Raises:
+        ValueError: a float is not finite; the message says where it stands.
+    """
     if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}={value} must be finite")
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: rounded(item, f"{where}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(item) for item in value]
+        return [rounded(item, f"{where}[{i}]") for i, item in enumerate(value)]
     return value

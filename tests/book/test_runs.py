@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from moe_book import runs
 
@@ -46,6 +47,30 @@ def test_writing_the_same_results_again_gives_the_same_file(folder):
 def test_fewer_than_three_seeds_are_refused():
     with pytest.raises(ValueError, match=r"seeds=\[0, 1\] must hold at least 3 seeds"):
         runs.save("a", config={}, seeds=[0, 1], results={})
+
+
+@pytest.mark.parametrize("v", [float("nan"), float("inf"), -float("inf")])
+def test_a_number_that_is_not_finite_is_refused_wherever_it_stands(v, folder):
+    with pytest.raises(ValueError, match=rf"results\['loss'\]\[1\]\[0\]={v} must be finite"):
+        runs.save("a", config={}, seeds=[0, 1, 2], results={"loss": [1.0, (v, 2)]})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        runs.save("a", config={"lr": v}, seeds=[0, 1, 2], results={})
+    assert not list(folder.iterdir())
+
+
+def test_a_sweep_runs_every_arm_with_every_seed_in_turns_on_one_thread():
+    seen, before = [], torch.get_num_threads()
+
+    def run(arm, seed, text):
+        seen.append((seed, arm))
+        return f"{text} {arm} {seed} {torch.get_num_threads()}"
+
+    try:
+        torch.set_num_threads(2)
+        assert runs.sweep(run, ("a", "b"), [5, 7], "x") == {"a": ["x a 5 1", "x a 7 1"], "b": ["x b 5 1", "x b 7 1"]}
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [(5, "a"), (5, "b"), (7, "a"), (7, "b")]
 
 
 def test_a_run_that_does_not_exist_is_refused_and_the_others_are_named():

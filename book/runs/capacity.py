@@ -13,10 +13,11 @@ from moe_book import corpus, runs
 from moe_book.training import evaluate, train
 from moe_core import LanguageModel, LMConfig, MoEConfig, metrics
 from moe_core.capacity import CapacityRule
-from tqdm import tqdm
 
 SEEDS = [0, 1, 2, 3]
-CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 64, "batch_size": 16, "steps": 300, "lr": 3e-3, "d_ff": 128, "n_experts": 8, "top_k": 2}
+SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
+TRAINING = {"seq_len": 64, "batch_size": 16, "steps": 300, "lr": 3e-3}
+CONFIG = {**SIZES, **TRAINING, "d_ff": 128, "n_experts": 8, "top_k": 2}
 BALANCE = 0.01
 EVERY = 10  # steps that are averaged into one point of a curve
 ARMS = {  # name -> capacity factor in training (None: dropless), coefficient of the balance loss
@@ -35,7 +36,7 @@ def build(seed: int, factor: float | None, balance: float) -> LanguageModel:
     """The model of one run; with one seed, all arms start from the same weights."""
     torch.manual_seed(seed)
     moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], CONFIG["top_k"], capacity_factor=factor, aux_loss_weight=balance, backend="loop")
-    return LanguageModel(LMConfig(d_model=CONFIG["d_model"], n_layers=CONFIG["n_layers"], n_heads=CONFIG["n_heads"], max_seq_len=CONFIG["seq_len"], moe=moe))
+    return LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
 
 
 def in_points(curve_SL: list) -> list:
@@ -63,19 +64,13 @@ def run(name: str, seed: int, text: corpus.Corpus) -> dict:
         busiest.append([float(r.slot_share().max()) for r in routings])
         dropped.append([float(r.drop_rate) for r in routings])
 
-    train(model, text, steps=CONFIG["steps"], batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"], lr=CONFIG["lr"], seed=seed, progress=False,
-          on_step=look)
+    train(model, text, **TRAINING, seed=seed, progress=False, on_step=look)
     judged = {str(factor): judge(model, text, factor) for factor in EVAL_FACTORS}
     return {"busiest": in_points(busiest), "drop_rate": in_points(dropped), "eval": judged}
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # matrices this small do not gain from a second thread
-    text = corpus.load()
-    results = {name: [] for name in ARMS}
-    for seed in tqdm(SEEDS, unit="seed"):
-        for name in ARMS:
-            results[name].append(run(name, seed, text))
+    results = runs.sweep(run, ARMS, SEEDS, corpus.load())
     config = {**CONFIG, "arms": {name: list(arm) for name, arm in ARMS.items()}, "every": EVERY, "eval_factors": EVAL_FACTORS}
     print(runs.save("capacity", config=config, seeds=SEEDS, results=results))
 

@@ -12,11 +12,11 @@ import torch
 from moe_book import corpus, runs
 from moe_book.training import train
 from moe_core import LanguageModel, LMConfig, MoEConfig, metrics
-from tqdm import tqdm
 
 SEEDS = [0, 1, 2]
-CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 64, "batch_size": 16, "steps": 600, "lr": 3e-3, "d_ff": 128, "n_experts": 8,
-          "top_k": 1}
+SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
+TRAINING = {"seq_len": 64, "batch_size": 16, "lr": 3e-3}
+CONFIG = {**SIZES, **TRAINING, "steps": 600, "d_ff": 128, "n_experts": 8, "top_k": 1}
 COEFFICIENTS = [0.0, 0.001, 0.01, 0.1, 1.0]
 LATE = {"coefficient": 0.01, "from_step": 200}  # no balance loss before
 SHORT_STEPS = 80
@@ -45,8 +45,7 @@ def build(seed: int, coefficient: float) -> LanguageModel:
     torch.manual_seed(seed)
     moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], CONFIG["top_k"], norm_topk_prob=False,
                     aux_loss_weight=coefficient, backend="loop")
-    return LanguageModel(LMConfig(d_model=CONFIG["d_model"], n_layers=CONFIG["n_layers"], n_heads=CONFIG["n_heads"],
-                                  max_seq_len=CONFIG["seq_len"], moe=moe))
+    return LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
 
 
 def run(coefficient: float, seed: int, text: corpus.Corpus, *, from_step: int = 0, steps: int = CONFIG["steps"]) -> dict:
@@ -63,8 +62,7 @@ def run(coefficient: float, seed: int, text: corpus.Corpus, *, from_step: int = 
             log["load"].append([[round(v, 3) for v in metrics.load_share(r).tolist()] for r in routings])
             log["entropy"].append([round(metrics.router_entropy(r).item(), 3) for r in routings])
 
-    history = train(model, text, steps=steps, batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"], lr=CONFIG["lr"], seed=seed,
-                    eval_every=100, progress=False, on_step=look)
+    history = train(model, text, steps=steps, **TRAINING, seed=seed, eval_every=100, progress=False, on_step=look)
     model.eval()
     sample, _ = text.batch(32, CONFIG["seq_len"], generator=torch.Generator().manual_seed(3), split="valid")
     with torch.no_grad():
@@ -75,13 +73,9 @@ def run(coefficient: float, seed: int, text: corpus.Corpus, *, from_step: int = 
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # matrices this small do not gain from a second thread
     text = corpus.load()
-    results = {f"{c:g}": [] for c in COEFFICIENTS} | {"late": []}
-    for seed in tqdm(SEEDS, unit="seed"):
-        for coefficient in COEFFICIENTS:
-            results[f"{coefficient:g}"].append(run(coefficient, seed, text))
-        results["late"].append(run(LATE["coefficient"], seed, text, from_step=LATE["from_step"]))
+    results = {f"{c:g}": found for c, found in runs.sweep(run, COEFFICIENTS, SEEDS, text).items()}
+    results["late"] = [run(LATE["coefficient"], seed, text, from_step=LATE["from_step"]) for seed in SEEDS]
     results["short"] = {f"{c:g}": run(c, 0, text, steps=SHORT_STEPS) for c in (0.0, 0.1)}  # what the chapter runs live
     results["verdicts"] = verdicts(results)
     config = {**CONFIG, "coefficients": COEFFICIENTS, "late": LATE, "short_steps": SHORT_STEPS, "domains": list(text.domains), "claims": CLAIMS}

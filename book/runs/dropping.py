@@ -16,8 +16,9 @@ from moe_core.capacity import CapacityRule
 from tqdm import tqdm
 
 SEEDS = [0, 1, 2]
-CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 64, "batch_size": 16, "steps": 200, "lr": 3e-3, "d_ff": 128, "n_experts": 8, "top_k": 2,
-          "balance": 0.01, "factor": 1.0, "layer": 0, "bins": 16, "batches": 32}
+SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
+TRAINING = {"seq_len": 64, "batch_size": 16, "steps": 200, "lr": 3e-3}
+CONFIG = {**SIZES, **TRAINING, "d_ff": 128, "n_experts": 8, "top_k": 2, "balance": 0.01, "factor": 1.0, "layer": 0, "bins": 16, "batches": 32}
 POLICIES = ["position", "slot_position", "score", "random"]
 PASSAGE = b'def last(items):\n    """The last of several items, or None."""\n    if not items:\n        return None\n    return items[-1]\n'
 
@@ -26,7 +27,7 @@ def build(seed: int) -> LanguageModel:
     """A small language model whose router never drops in training."""
     torch.manual_seed(seed)
     moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], CONFIG["top_k"], aux_loss_weight=CONFIG["balance"], backend="loop")
-    return LanguageModel(LMConfig(d_model=CONFIG["d_model"], n_layers=CONFIG["n_layers"], n_heads=CONFIG["n_heads"], max_seq_len=128, moe=moe))
+    return LanguageModel(LMConfig(**SIZES, max_seq_len=128, moe=moe))
 
 
 @torch.no_grad()
@@ -70,7 +71,7 @@ def main() -> None:
     text, results = corpus.load(), {"drops": [], "loss": [], "passage": []}
     for seed in tqdm(SEEDS, unit="seed"):
         model = build(seed)
-        train(model, text, steps=CONFIG["steps"], batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"], lr=CONFIG["lr"], seed=seed, progress=False)
+        train(model, text, **TRAINING, seed=seed, progress=False)
         model.eval()
         results["drops"].append(drops(model, text))
         results["passage"].append(passage(model))

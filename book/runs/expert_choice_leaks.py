@@ -17,12 +17,13 @@ from moe_book import corpus, runs
 from moe_book.training import train
 from moe_core import LanguageModel, LMConfig, MoEConfig, metrics
 from moe_core.routers.expert_choice import ExpertChoiceRouter
-from tqdm import tqdm
 
 SEEDS = [0, 1, 2]
 SHORT_STEPS = 100
-CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 64, "batch_size": 16, "steps": 300, "lr": 3e-3, "d_ff": 128, "n_experts": 8, "top_k": 2,
-          "aux_loss_weight": 0.01, "windows": 64, "probe_bytes": 4, "probe_windows": 1024, "probe_steps": 600}
+SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
+TRAINING = {"seq_len": 64, "batch_size": 16, "lr": 3e-3}
+CONFIG = {**SIZES, **TRAINING, "steps": 300, "d_ff": 128, "n_experts": 8, "top_k": 2, "aux_loss_weight": 0.01, "windows": 64,
+          "probe_bytes": 4, "probe_windows": 1024, "probe_steps": 600}
 ARMS = {"token choice": 0, "pool 4": 4, "pool 16": 16, "pool 64": 64, "pool 1024": 1024}  # name -> tokens an expert chooses among; 0: tokens choose
 PASSAGE = b'def mean(values):\n    """The average of some values"""\n    if not values:\n        return 0\n    return sum(values) / len(values)\n'
 CLAIMS = {
@@ -65,8 +66,7 @@ def build(seed: int, pool: int) -> LanguageModel:
         moe = MoEConfig(**common, aux_loss_weight=CONFIG["aux_loss_weight"], norm_topk_prob=False, router_options={"score_func": "sigmoid"})
     else:
         moe = MoEConfig(**common, router="expert_choice", router_options={"score_func": "sigmoid", "scope": "sequence"})
-    model = LanguageModel(LMConfig(d_model=CONFIG["d_model"], n_layers=CONFIG["n_layers"], n_heads=CONFIG["n_heads"],
-                                   max_seq_len=CONFIG["seq_len"], moe=moe))
+    model = LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
     for router in routers(model) if pool else []:
         router.__class__, router.pool = PooledExpertChoice, pool
     return model
@@ -179,8 +179,7 @@ def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps
     """Train once; then look, change the future, listen, and at last route by fixed cutoffs."""
     pool = ARMS[name]
     model = build(seed, pool)
-    history = train(model, text, steps=steps, batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"], lr=CONFIG["lr"], seed=seed,
-                    eval_every=25, progress=False)
+    history = train(model, text, steps=steps, **TRAINING, seed=seed, eval_every=25, progress=False)
     tokens, others = held_out(text, CONFIG["windows"])
     found = {"eval_step": history.eval_step, "valid_loss": history.valid_loss, "training_loss": sum(history.loss[-50:]) / 50,
              "losses": losses_by_position(model, tokens, others), **looks(model, tokens)}
@@ -232,18 +231,13 @@ def verdicts(results: dict) -> dict:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # matrices this small do not gain from a second thread
     text = corpus.load()
-    results = {name: [] for name in ARMS}
-    for seed in tqdm(SEEDS, unit="seed"):
-        for name in ARMS:
-            results[name].append(run(name, seed, text))
-    short = train(model := build(0, ARMS["pool 4"]), text, steps=SHORT_STEPS, batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"],
-                  lr=CONFIG["lr"], progress=False)  # what the chapter runs live
+    results = runs.sweep(run, ARMS, SEEDS, text)
+    short = train(model := build(0, ARMS["pool 4"]), text, steps=SHORT_STEPS, **TRAINING, progress=False)  # what the chapter runs live
     tokens, others = held_out(text, 16)
     found = losses_by_position(model, tokens, others)
     results["short"] = {"valid_loss": short.valid_loss, **{future: sum(found[future]) / len(found[future]) for future in ("true", "false")}}
-    results = runs._rounded(results)  # so that the verdict is that of the stored numbers
+    results = runs.rounded(results)  # so that the verdict is that of the stored numbers
     results["verdicts"] = verdicts(results)
     config = {**CONFIG, "short_steps": SHORT_STEPS, "pools": ARMS, "passage": PASSAGE.decode(), "domains": list(text.domains), "claims": CLAIMS}
     print(runs.save("expert_choice_leaks", config=config, seeds=SEEDS, results=results))

@@ -20,11 +20,12 @@ from moe_book import corpus, runs, training
 from moe_core import ExpertThresholdRouter, LanguageModel, LMConfig, MoEConfig, TopKRouter, losses, metrics
 from moe_core.lm import next_token_loss
 from moe_core.routers.expert_choice import take_best
-from tqdm import tqdm
 
 SEEDS = [0, 1, 2]
-CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 64, "batch_size": 16, "steps": 400, "lr": 3e-3, "d_ff": 64, "n_experts": 8,
-          "top_k": 1, "n_shared_experts": 1, "ema_decay": 0.95, "warmup_steps": 80, "capacity_band": 0.5, "aux_loss_weight": 0.01,
+SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
+TRAINING = {"seq_len": 64, "batch_size": 16, "lr": 3e-3}
+CONFIG = {**SIZES, **TRAINING, "steps": 400, "d_ff": 64, "n_experts": 8, "top_k": 1, "n_shared_experts": 1,
+          "ema_decay": 0.95, "warmup_steps": 80, "capacity_band": 0.5, "aux_loss_weight": 0.01,
           "bias_update_rate": 0.005, "live_steps": 100}
 TOKEN_CHOICE = {"score_func": "sigmoid", "norm_topk_prob": False}  # weights as large as the others': what differs is the choice
 LONG = 0.99
@@ -82,7 +83,6 @@ class BalancedTopK(TopKRouter):
 
 def build(name: str, seed: int) -> LanguageModel:
     """The model of one run; with one seed, all of them start from the same weights where they have the same."""
-    size = {"d_model": CONFIG["d_model"], "n_layers": CONFIG["n_layers"], "n_heads": CONFIG["n_heads"], "max_seq_len": CONFIG["seq_len"]}
     router, options, aux = ARMS[name] or ARMS["threshold"]
     options = dict(options)
     pool = options.pop("pool", "batch")
@@ -91,7 +91,7 @@ def build(name: str, seed: int) -> LanguageModel:
         options.setdefault("ema_decay", CONFIG["ema_decay"])
     moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], CONFIG["top_k"], router=router, router_options=options, backend="loop",
                     n_shared_experts=CONFIG["n_shared_experts"], **own, **({"aux_loss_weight": aux} if aux else {}))
-    config = LMConfig(**size, moe=moe)
+    config = LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe)
     torch.manual_seed(seed)
     model = LanguageModel(config.dense_twin() if ARMS[name] is None else config)
     for router in routers(model):
@@ -123,8 +123,7 @@ def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps
             asked["share"].append(above)
 
     cutoffs[:] = [r.thresholds for r in routers(model) if hasattr(r, "thresholds")]
-    history = training.train(model, text, steps=steps, batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"], lr=CONFIG["lr"], seed=seed,
-                             eval_every=50, progress=False, on_step=on_step)
+    history = training.train(model, text, steps=steps, **TRAINING, seed=seed, eval_every=50, progress=False, on_step=on_step)
     found = {"eval_step": history.eval_step, "valid_loss": history.valid_loss, "asked": asked}
     return found | look(model, text, passage=seed == SEEDS[0])
 
@@ -200,12 +199,10 @@ def verdicts(results: dict) -> dict:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # matrices this small do not gain from a second thread
     text = corpus.load()
     kept = runs.load("expert_threshold")["results"] if "--resume" in sys.argv else {}
-    results = {name: list(kept.get(name, [])) for name in ARMS}
-    for name, seed in tqdm([(name, seed) for seed in SEEDS for name in ARMS if name not in kept], unit="run", mininterval=5):
-        results[name].append(run(name, seed, text))
+    made = runs.sweep(run, [name for name in ARMS if name not in kept], SEEDS, text)
+    results = {name: kept.get(name) or made[name] for name in ARMS}
     live = run("threshold", 0, text, steps=CONFIG["live_steps"])  # what the chapter runs live
     results["live"] = {key: live[key] for key in ("eval_step", "valid_loss", "final_loss")}
     results["verdicts"] = verdicts(results)

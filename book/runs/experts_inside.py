@@ -12,10 +12,11 @@ import torch
 from moe_book import corpus, runs
 from moe_book.training import train
 from moe_core import LanguageModel, LMConfig, MoEConfig
-from tqdm import tqdm
 
 SEEDS = [0, 1, 2, 3]
-CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 64, "batch_size": 16, "steps": 250, "lr": 3e-3, "aux_loss_weight": 0.01}
+SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
+TRAINING = {"seq_len": 64, "batch_size": 16, "steps": 250, "lr": 3e-3}
+CONFIG = {**SIZES, **TRAINING, "aux_loss_weight": 0.01}
 ARMS = {  # fields of MoEConfig: three experts' work a token, eight experts' parameters a layer, in each of them
     "gated": {"n_experts": 8, "top_k": 3, "d_ff": 64},
     "not gated": {"n_experts": 8, "top_k": 3, "d_ff": 96, "glu": False},
@@ -28,25 +29,19 @@ ARMS = {  # fields of MoEConfig: three experts' work a token, eight experts' par
 def config(arm: str) -> LMConfig:
     """The language model of one arm."""
     moe = MoEConfig(d_model=CONFIG["d_model"], aux_loss_weight=CONFIG["aux_loss_weight"], **ARMS[arm])
-    return LMConfig(d_model=CONFIG["d_model"], n_layers=CONFIG["n_layers"], n_heads=CONFIG["n_heads"], max_seq_len=CONFIG["seq_len"], moe=moe)
+    return LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe)
 
 
 def run(arm: str, seed: int, text: corpus.Corpus) -> dict:
-    """Train once; the held-out loss on the way, and parameters in the layer's experts and those that one token visits."""
+    """Train once; the held-out loss on the way."""
     torch.manual_seed(seed)
-    model = LanguageModel(config(arm))
-    history = train(model, text, steps=CONFIG["steps"], batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"], lr=CONFIG["lr"], seed=seed,
-                    eval_every=25, progress=False)
+    history = train(LanguageModel(config(arm)), text, **TRAINING, seed=seed, eval_every=25, progress=False)
     return {"eval_step": history.eval_step, "valid_loss": history.valid_loss}
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # matrices this small do not gain from a second thread
     text = corpus.load()
-    results = {arm: [] for arm in ARMS}
-    for seed in tqdm(SEEDS, unit="seed"):
-        for arm in ARMS:
-            results[arm].append(run(arm, seed, text))
+    results = runs.sweep(run, ARMS, SEEDS, text)
     print(runs.save("experts_inside", config={**CONFIG, "arms": ARMS, "domains": list(text.domains)}, seeds=SEEDS, results=results))
 
 

@@ -14,7 +14,6 @@ import torch
 from moe_book import corpus, runs
 from moe_book.training import train
 from moe_core import LanguageModel, LMConfig, MoEConfig
-from tqdm import tqdm
 
 SEEDS = [0, 1, 2, 3]
 SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
@@ -86,13 +85,7 @@ def verdicts(results: dict) -> dict:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    text = corpus.load()
-    found = {name: [] for name in ARMS}
-    for seed in tqdm(SEEDS, unit="seed"):
-        for name in ARMS:
-            found[name].append(run(name, seed, text))
-            print(seed, name, found[name][-1], flush=True)
+    found = runs.sweep(run, ARMS, SEEDS, corpus.load())
     results = {name: {key: [each[key] for each in runs_] for key in runs_[0]} for name, runs_ in found.items()}
     config = {**SIZES, **RUN, "arms": {name: list(arm) for name, arm in ARMS.items()}, "claims": CLAIMS}
     print(runs.save("fine_experts", config=config, seeds=SEEDS, results={**results, "verdicts": verdicts(results)}))

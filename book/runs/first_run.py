@@ -5,9 +5,8 @@ Run: python book/runs/first_run.py   (writes first_run.json beside this file)
 
 import torch
 from moe_book import corpus, runs
-from moe_book.training import train
+from moe_book.training import History, train
 from moe_core import LanguageModel, LMConfig, MoEConfig
-from tqdm import tqdm
 
 SEEDS = [0, 1, 2, 3, 4]
 WEIGHTS = {"without": 0.0, "with": 0.01}
@@ -21,19 +20,16 @@ def config(aux_loss_weight: float) -> LMConfig:
     return LMConfig(d_model=64, n_layers=2, n_heads=4, max_seq_len=64, moe=moe)
 
 
+def run(name: str, seed: int, text: corpus.Corpus) -> History:
+    """Train once; with one seed, both start from the same weights."""
+    torch.manual_seed(seed)
+    return train(LanguageModel(config(WEIGHTS[name])), text, seed=seed, progress=False, **TRAINING)
+
+
 def main() -> None:
-    torch.set_num_threads(1)  # faster than two for a model this small, and the same numbers whatever else the machine does
-    text = corpus.load()
-    results = {name: {"valid_loss": [], "load": []} for name in WEIGHTS}
-    bar = tqdm(total=len(SEEDS) * len(WEIGHTS), unit="run")
-    for name, weight in WEIGHTS.items():
-        for seed in SEEDS:
-            torch.manual_seed(seed)
-            history = train(LanguageModel(config(weight)), text, seed=seed, progress=False, **TRAINING)
-            results[name]["eval_step"] = history.eval_step
-            results[name]["valid_loss"].append(history.valid_loss)
-            results[name]["load"].append([history.load[step - 1] for step in LOGGED])
-            bar.update()
+    results = {name: {"eval_step": histories[0].eval_step, "valid_loss": [history.valid_loss for history in histories],
+                      "load": [[history.load[step - 1] for step in LOGGED] for history in histories]}
+               for name, histories in runs.sweep(run, WEIGHTS, SEEDS, corpus.load()).items()}
     results["logged_step"] = LOGGED
     runs.save("first_run", config={"model": config(0.01).to_dict(), "training": TRAINING}, seeds=SEEDS, results=results)
 

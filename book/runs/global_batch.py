@@ -17,11 +17,10 @@ from moe_book import corpus, runs
 from moe_book.training import evaluate
 from moe_core import LanguageModel, LMConfig, MoEConfig, losses, metrics
 from moe_core.lm import next_token_loss
-from tqdm import tqdm
 
 SEEDS = [0, 1, 2]
-CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 64, "micro_batch_size": 6, "steps": 300, "lr": 3e-3, "d_ff": 128,
-          "n_experts": 8, "top_k": 2, "coefficient": 0.1}
+SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
+CONFIG = {**SIZES, "seq_len": 64, "micro_batch_size": 6, "steps": 300, "lr": 3e-3, "d_ff": 128, "n_experts": 8, "top_k": 2, "coefficient": 0.1}
 ARMS = ("none", "micro", "global")
 CLAIMS = {
     "global-specialises": {
@@ -60,13 +59,11 @@ def verdicts(results: dict) -> dict:
     }
 
 
-
 def build(seed: int) -> LanguageModel:
     """The model of one run; with one seed, all arms start from the same weights."""
     torch.manual_seed(seed)
     moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], CONFIG["top_k"], backend="loop")
-    return LanguageModel(LMConfig(d_model=CONFIG["d_model"], n_layers=CONFIG["n_layers"], n_heads=CONFIG["n_heads"],
-                                  max_seq_len=CONFIG["seq_len"], moe=moe))
+    return LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
 
 
 def balance(arm: str, routings: list[list]) -> torch.Tensor:
@@ -116,12 +113,8 @@ def run(arm: str, seed: int, text: corpus.Corpus) -> dict:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # matrices this small do not gain from a second thread
     text = corpus.load()
-    results = {arm: [] for arm in ARMS}
-    for seed in tqdm(SEEDS, unit="seed"):
-        for arm in ARMS:
-            results[arm].append(run(arm, seed, text))
+    results = runs.sweep(run, ARMS, SEEDS, text)
     results["verdicts"] = verdicts(results)
     config = {**CONFIG, "domains": list(text.domains), "claims": CLAIMS}
     print(runs.save("global_batch", config=config, seeds=SEEDS, results=results))

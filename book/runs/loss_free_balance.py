@@ -12,11 +12,11 @@ import torch
 from moe_book import corpus, runs
 from moe_book.training import train
 from moe_core import LanguageModel, LMConfig, MoEConfig, metrics
-from tqdm import tqdm
 
 SEEDS = [0, 1, 2, 3]
-CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 64, "batch_size": 16, "steps": 240, "lr": 3e-3, "d_ff": 128, "n_experts": 8,
-          "top_k": 2, "held_out_batches": 16}
+SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
+TRAINING = {"seq_len": 64, "batch_size": 16, "lr": 3e-3}
+CONFIG = {**SIZES, **TRAINING, "steps": 240, "d_ff": 128, "n_experts": 8, "top_k": 2, "held_out_batches": 16}
 ARMS = {  # name -> router, its options, coefficient of the balance loss
     "none": ("loss_free", {"bias_update_rate": 0.0}, 0.0),
     "loss 0.01": ("topk", {"score_func": "sigmoid"}, 0.01),
@@ -48,8 +48,7 @@ def build(seed: int, arm: str) -> LanguageModel:
     loss = {"aux_loss_weight": weight} if weight else {}
     moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], CONFIG["top_k"], router=router, router_options=options, backend="loop",
                     **loss)
-    return LanguageModel(LMConfig(d_model=CONFIG["d_model"], n_layers=CONFIG["n_layers"], n_heads=CONFIG["n_heads"],
-                                  max_seq_len=CONFIG["seq_len"], moe=moe))
+    return LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
 
 
 def biases(model: LanguageModel) -> list[list[float]]:
@@ -59,7 +58,7 @@ def biases(model: LanguageModel) -> list[list[float]]:
             for r in routers]
 
 
-def run(arm: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps"], progress: bool = False) -> dict:
+def run(arm: str, seed: int, text: corpus.Corpus, steps: int = CONFIG["steps"]) -> dict:
     """Train once; then the held-out loss, and MaxVio of held-out batches and of all of them together."""
     model = build(seed, arm)
     trail = []
@@ -68,8 +67,7 @@ def run(arm: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps"
         if step % EVERY == 0:
             trail.append(biases(model)[0])
 
-    history = train(model, text, steps=steps, batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"], lr=CONFIG["lr"], seed=seed,
-                    eval_every=60, progress=progress, on_step=remember)
+    history = train(model, text, steps=steps, **TRAINING, seed=seed, eval_every=60, progress=False, on_step=remember)
     model.eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -113,18 +111,10 @@ def verdicts(results: dict) -> dict:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # matrices this small do not gain from a second thread
     text = corpus.load()
-    trial = {name: run(name, TRIAL_SEED, text)["maxvio_global"] for name in SWEEP}
-    tqdm.write(f"trial: {trial}")
-    results = {name: [] for name in ARMS}
-    short = {name: [] for name in SHORT["arms"]}
-    for seed in tqdm(SEEDS, unit="seed"):
-        for name in ARMS:
-            results[name].append(run(name, seed, text))
-            tqdm.write(f"{name:12} loss {results[name][-1]['valid_loss'][-1]:.3f} MaxVio {results[name][-1]['maxvio_global']}")
-        for name in SHORT["arms"]:
-            short[name].append(run(name, seed, text, steps=SHORT["steps"]))
+    trial = {name: found[0]["maxvio_global"] for name, found in runs.sweep(run, SWEEP, [TRIAL_SEED], text).items()}
+    results = runs.sweep(run, ARMS, SEEDS, text)
+    short = runs.sweep(run, SHORT["arms"], SEEDS, text, SHORT["steps"])
     results["short"] = {name: [{key: one[key] for key in ("valid_loss", "maxvio_global", "maxvio_batch")} for one in short[name]] for name in short}
     results["trial"], results["chosen"] = trial, min(SWEEP, key=lambda name: sum(trial[name]))
     results["verdicts"] = verdicts(results)

@@ -23,8 +23,9 @@ from moe_core import LanguageModel, LMConfig, MoEConfig, TopKRouter, losses
 from tqdm import tqdm
 
 SEEDS = [0, 1, 2]
-CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 128, "batch_size": 8, "steps": 60, "lr": 3e-3, "d_ff": 128, "n_experts": 4, "top_k": 2,
-          "layer": 0, "learned_steps": 200, "balance": 0.6, "sharpness": 1.2}
+SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
+TRAINING = {"seq_len": 128, "batch_size": 8, "steps": 60, "lr": 3e-3}
+CONFIG = {**SIZES, **TRAINING, "d_ff": 128, "n_experts": 4, "top_k": 2, "layer": 0, "learned_steps": 200, "balance": 0.6, "sharpness": 1.2}
 WORD = re.compile(rb"(?<![A-Za-z_.'-])[A-Za-z]{2,8}(?![A-Za-z_'-])")
 # seed, words, places, one by one, popularity of each expert in logits, largest load there should be, title, what is new
 PUZZLES = [
@@ -43,8 +44,8 @@ def model_of(seed: int, text: corpus.Corpus) -> LanguageModel:
     """A small language model, trained without any balance loss."""
     torch.manual_seed(seed)
     moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], CONFIG["top_k"], backend="loop")
-    model = LanguageModel(LMConfig(d_model=CONFIG["d_model"], n_layers=CONFIG["n_layers"], n_heads=CONFIG["n_heads"], max_seq_len=CONFIG["seq_len"], moe=moe))
-    train(model, text, steps=CONFIG["steps"], batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"], lr=CONFIG["lr"], seed=seed, progress=False)
+    model = LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
+    train(model, text, **TRAINING, seed=seed, progress=False)
     return model.eval()
 
 

@@ -13,11 +13,12 @@ import torch
 from moe_book import corpus, runs
 from moe_book.training import train
 from moe_core import LanguageModel, LMConfig, MoEConfig, TopKRouter
-from tqdm import tqdm
 
 SEEDS = [0, 1, 2, 3]
 SHORT_STEPS = 100
-CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 64, "batch_size": 16, "steps": 300, "lr": 3e-3, "d_ff": 128, "n_experts": 8}
+SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
+TRAINING = {"seq_len": 64, "batch_size": 16, "lr": 3e-3}
+CONFIG = {**SIZES, **TRAINING, "steps": 300, "d_ff": 128, "n_experts": 8}
 ROUTERS = {  # name -> top_k, norm_topk_prob, how the router is treated
     "learned": (2, True, "learned"),
     "frozen": (2, True, "frozen"),
@@ -49,8 +50,7 @@ def build(seed: int, top_k: int, norm_topk_prob: bool, treatment: str) -> Langua
     """The model of one run; with one seed, all treatments start from the same weights."""
     torch.manual_seed(seed)
     moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], top_k, norm_topk_prob=norm_topk_prob, backend="loop")
-    model = LanguageModel(LMConfig(d_model=CONFIG["d_model"], n_layers=CONFIG["n_layers"], n_heads=CONFIG["n_heads"],
-                                   max_seq_len=CONFIG["seq_len"], moe=moe))
+    model = LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
     for layer, router in enumerate(routers(model)):
         if treatment == "dice":
             router.__class__, router.dice = DiceRouter, torch.Generator().manual_seed(100 * seed + layer)
@@ -66,12 +66,11 @@ def routers(model: LanguageModel) -> list[TopKRouter]:
     return [block.feed_forward.router for block in model.blocks]
 
 
-def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps"], progress: bool = False) -> dict:
+def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps"]) -> dict:
     """Train once, and look at the router: loss, how far its rows turned, how sure it is, how even the load, who takes which byte."""
     model = build(seed, *ROUTERS[name])
     start = [router.weight.detach().clone() for router in routers(model)]
-    history = train(model, text, steps=steps, batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"], lr=CONFIG["lr"], seed=seed,
-                    eval_every=25, progress=progress)
+    history = train(model, text, steps=steps, **TRAINING, seed=seed, eval_every=25, progress=False)
     model.eval()
     sample, _ = text.batch(32, CONFIG["seq_len"], generator=torch.Generator().manual_seed(3), split="valid")
     with torch.no_grad():
@@ -90,15 +89,12 @@ def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # matrices this small do not gain from a second thread
     text = corpus.load()
-    results = {name: [] for name in ROUTERS}
-    for seed in tqdm(SEEDS, unit="seed"):
-        for name in ROUTERS:
-            results[name].append(run(name, seed, text))
+    results = runs.sweep(run, ROUTERS, SEEDS, text)
     short = run("learned", 0, text, steps=SHORT_STEPS)  # what the chapter runs live
     results["short"] = {"eval_step": short["eval_step"], "valid_loss": short["valid_loss"]}
-    config = {**CONFIG, "short_steps": SHORT_STEPS, "routers": {name: list(how) for name, how in ROUTERS.items()}, "domains": list(text.domains), "passage": PASSAGE.decode()}
+    config = {**CONFIG, "short_steps": SHORT_STEPS, "routers": {name: list(how) for name, how in ROUTERS.items()}, "domains": list(text.domains),
+              "passage": PASSAGE.decode()}
     print(runs.save("router_learns", config=config, seeds=SEEDS, results=results))
 
 

@@ -12,11 +12,12 @@ import torch
 from moe_book import corpus, runs
 from moe_book.training import train
 from moe_core import LanguageModel, LMConfig, MoEConfig, NoisyTopKRouter, SwitchRouter, metrics
-from tqdm import tqdm
 
 SEEDS = [0, 1, 2]
 SHORT_STEPS = 80
-CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 64, "batch_size": 16, "steps": 300, "lr": 3e-3, "d_ff": 128, "n_experts": 8}
+SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
+TRAINING = {"seq_len": 64, "batch_size": 16, "lr": 3e-3}
+CONFIG = {**SIZES, **TRAINING, "steps": 300, "d_ff": 128, "n_experts": 8}
 TOP1 = {  # name -> options of a Switch router without capacity, with its balance loss
     "argmax": {"jitter_noise": 0.0},
     "jitter 0.01": {"jitter_noise": 0.01},
@@ -67,8 +68,7 @@ def build(seed: int, name: str) -> LanguageModel:
     else:
         noise, importance, load = TOP2[name]
         moe = MoEConfig(**common, top_k=2, router="noisy_topk", router_options={"importance_loss_weight": importance, "load_loss_weight": load})
-    model = LanguageModel(LMConfig(d_model=CONFIG["d_model"], n_layers=CONFIG["n_layers"], n_heads=CONFIG["n_heads"],
-                                   max_seq_len=CONFIG["seq_len"], moe=moe))
+    model = LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
     for layer, router in enumerate(routers(model)):
         if name == "sampled":
             router.__class__ = SampledRouter
@@ -109,8 +109,7 @@ def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps
             for key, value in look(model, probe_BN).items():
                 seen[key].append(value)
 
-    history = train(model, text, steps=steps, batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"], lr=CONFIG["lr"], seed=seed,
-                    eval_every=50, progress=False, on_step=every_50)
+    history = train(model, text, steps=steps, **TRAINING, seed=seed, eval_every=50, progress=False, on_step=every_50)
     return {"eval_step": history.eval_step, "valid_loss": history.valid_loss, **seen}
 
 
@@ -137,12 +136,8 @@ def verdicts(results: dict) -> dict:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # matrices this small do not gain from a second thread
     text = corpus.load()
-    results = {name: [] for name in [*TOP1, *TOP2]}
-    for seed in tqdm(SEEDS, unit="seed"):
-        for name in results:
-            results[name].append(run(name, seed, text))
+    results = runs.sweep(run, [*TOP1, *TOP2], SEEDS, text)
     results["verdicts"] = verdicts(results)
     results["short"] = run("noise, both losses", 0, text, steps=SHORT_STEPS)["valid_loss"]  # what the chapter runs live
     config = {**CONFIG, "short_steps": SHORT_STEPS, "top1": TOP1, "top2": {name: list(how) for name, how in TOP2.items()}, "claims": CLAIMS}

@@ -13,11 +13,11 @@ from moe_book import corpus, runs
 from moe_book.training import evaluate, train
 from moe_core import LanguageModel, LMConfig, MoEConfig, metrics
 from moe_core.capacity import CapacityRule
-from tqdm import tqdm
 
 SEEDS = [0, 1, 2]
-CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 64, "batch_size": 16, "steps": 600, "lr": 3e-3, "d_ff": 128, "n_experts": 8,
-          "aux_loss_weight": 0.01, "jitter_noise": 0.01}
+SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
+TRAINING = {"seq_len": 64, "batch_size": 16, "steps": 600, "lr": 3e-3}
+CONFIG = {**SIZES, **TRAINING, "d_ff": 128, "n_experts": 8, "aux_loss_weight": 0.01, "jitter_noise": 0.01}
 FACTORS = {"0": 0.0, "0.5": 0.5, "1.0": 1.0, "1.25": 1.25, "2.0": 2.0, "dropless": None}  # in training; evaluated at 2.0, as Switch does
 EVAL_FACTORS = {name: FACTORS[name] for name in ("0.5", "1.0", "1.25", "2.0", "dropless")}
 WINDOW = 50  # the drop rate is the mean over the last so many steps
@@ -40,15 +40,14 @@ def build(seed: int, factor: float | None) -> LanguageModel:
     rule = CapacityRule(factor=factor, eval_factor=2.0 if factor != 0 else 0.0)  # without capacity nothing was learned that eval could use
     moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], 1, capacity_factor=rule, router="switch", backend="loop",
                     aux_loss_weight=CONFIG["aux_loss_weight"], jitter_noise=CONFIG["jitter_noise"])
-    return LanguageModel(LMConfig(d_model=CONFIG["d_model"], n_layers=CONFIG["n_layers"], n_heads=CONFIG["n_heads"],
-                                  max_seq_len=CONFIG["seq_len"], moe=moe))
+    return LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
 
 
-def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps"]) -> dict:
+def run(name: str, seed: int, text: corpus.Corpus) -> dict:
     """Train once: held-out loss at factor 2 on the way, drop rates, and the final loss at every other factor."""
     model, drops = build(seed, FACTORS[name]), []
-    history = train(model, text, steps=steps, batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"], lr=CONFIG["lr"], seed=seed,
-                    eval_every=100, progress=False, on_step=lambda step, _, routings: drops.append(metrics.drop_rate(routings).item()))
+    history = train(model, text, **TRAINING, seed=seed, eval_every=100, progress=False,
+                    on_step=lambda step, _, routings: drops.append(metrics.drop_rate(routings).item()))
     routers = [block.feed_forward.router for block in model.blocks]
     by_eval = {}
     for factor_name, factor in EVAL_FACTORS.items():
@@ -56,7 +55,7 @@ def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps
             router.capacity_rule = CapacityRule(factor=factor)
         by_eval[factor_name] = evaluate(model, text, batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"])
     every = drops[9::10]
-    return {"eval_step": history.eval_step, "valid_loss": history.valid_loss, "drop_step": list(range(10, steps + 1, 10)), "drop_rate": every,
+    return {"eval_step": history.eval_step, "valid_loss": history.valid_loss, "drop_step": list(range(10, CONFIG["steps"] + 1, 10)), "drop_rate": every,
             "final_drop_rate": sum(drops[-WINDOW:]) / len(drops[-WINDOW:]), "loss_by_eval_factor": by_eval}
 
 
@@ -82,12 +81,7 @@ def verdicts(results: dict) -> dict:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # matrices this small do not gain from a second thread
-    text = corpus.load()
-    results = {name: [] for name in FACTORS}
-    for seed in tqdm(SEEDS, unit="seed"):
-        for name in FACTORS:
-            results[name].append(run(name, seed, text))
+    results = runs.sweep(run, FACTORS, SEEDS, corpus.load())
     results["verdicts"] = verdicts(results)
     print(runs.save("switch_capacity", config={**CONFIG, "factors": FACTORS, "eval_factor": 2.0, "claims": CLAIMS}, seeds=SEEDS, results=results))
 

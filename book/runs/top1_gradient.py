@@ -13,11 +13,11 @@ from moe_book import corpus, runs
 from moe_book.training import train
 from moe_core import LanguageModel, LMConfig, MoEConfig, TopKRouter, metrics
 from moe_core.lm import next_token_loss
-from tqdm import tqdm
 
 SEEDS = [0, 1, 2, 3]
-CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 64, "batch_size": 16, "steps": 300, "lr": 3e-3, "d_ff": 128, "n_experts": 8,
-          "aux_loss_weight": 5e-4}
+SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
+TRAINING = {"seq_len": 64, "batch_size": 16, "steps": 300, "lr": 3e-3}
+CONFIG = {**SIZES, **TRAINING, "d_ff": 128, "n_experts": 8, "aux_loss_weight": 5e-4}
 ROUTERS = {  # name -> norm_topk_prob, treatment
     "weight p": (False, "learned"),
     "renormalised": (True, "learned"),
@@ -51,8 +51,7 @@ def build(seed: int, norm_topk_prob: bool, treatment: str) -> LanguageModel:
     torch.manual_seed(seed)
     moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], 1, norm_topk_prob=norm_topk_prob, backend="loop",
                     aux_loss_weight=CONFIG["aux_loss_weight"], capacity_factor=0.0 if treatment == "no expert" else None)
-    model = LanguageModel(LMConfig(d_model=CONFIG["d_model"], n_layers=CONFIG["n_layers"], n_heads=CONFIG["n_heads"],
-                                   max_seq_len=CONFIG["seq_len"], moe=moe))
+    model = LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
     for router in routers(model):
         if treatment == "straight through":
             router.__class__ = StraightThroughRouter
@@ -77,7 +76,7 @@ def gradient_norm(model: LanguageModel, tokens_BN: torch.Tensor) -> float:
     return torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
 
 
-def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps"]) -> dict:
+def run(name: str, seed: int, text: corpus.Corpus) -> dict:
     """Train once: held-out loss, what gradient reaches the routers, how even the load is."""
     model = build(seed, *ROUTERS[name])
     probe_BN = text.batch(16, CONFIG["seq_len"], generator=torch.Generator().manual_seed(3), split="valid")[0]
@@ -88,8 +87,7 @@ def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps
             norms.append(gradient_norm(model, probe_BN))
             at.append(step)
 
-    history = train(model, text, steps=steps, batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"], lr=CONFIG["lr"], seed=seed,
-                    eval_every=50, progress=False, on_step=look)
+    history = train(model, text, **TRAINING, seed=seed, eval_every=50, progress=False, on_step=look)
     model.eval()
     with torch.no_grad():
         routings = model(probe_BN)[1]
@@ -100,8 +98,8 @@ def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps
 
 def verdicts(results: dict) -> dict:
     """No gradient: reproduced if at every step and seed the norm is below 1e-5 of what the router with weight p gets at that step (norms grow a
-    hundredfold in training, so different steps are not compared). Costs quality: against the router with the same weight 1 that does get the gradient; reproduced if it is behind by more than 0.02 nats in
-    every seed, partly if in the mean."""
+    hundredfold in training, so different steps are not compared). Costs quality: against the router with the same weight 1 that does get the gradient;
+    reproduced if it is behind by more than 0.02 nats in every seed, partly if in the mean."""
     norms = {name: torch.tensor([one["gradient_norm"] for one in results[name]]) for name in ("weight p", "renormalised")}
     ratio = (norms["renormalised"] / norms["weight p"]).max().item()
     most, least = norms["renormalised"].max().item(), norms["weight p"].min().item()
@@ -123,12 +121,7 @@ def verdicts(results: dict) -> dict:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # matrices this small do not gain from a second thread
-    text = corpus.load()
-    results = {name: [] for name in ROUTERS}
-    for seed in tqdm(SEEDS, unit="seed"):
-        for name in ROUTERS:
-            results[name].append(run(name, seed, text))
+    results = runs.sweep(run, ROUTERS, SEEDS, corpus.load())
     results["verdicts"] = verdicts(results)
     config = {**CONFIG, "routers": {name: list(how) for name, how in ROUTERS.items()}, "claims": CLAIMS}
     print(runs.save("top1_gradient", config=config, seeds=SEEDS, results=results))

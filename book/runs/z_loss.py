@@ -14,11 +14,11 @@ import torch
 from moe_book import corpus, runs
 from moe_book.training import train
 from moe_core import LanguageModel, LMConfig, MoEConfig, losses
-from tqdm import tqdm
 
 SEEDS = [0, 1, 2]
-CONFIG = {"d_model": 64, "n_layers": 2, "n_heads": 4, "seq_len": 64, "batch_size": 16, "steps": 300, "lr": 3e-2, "d_ff": 128, "n_experts": 8,
-          "top_k": 2, "aux_loss_weight": 0.01}
+SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
+TRAINING = {"seq_len": 64, "batch_size": 16, "steps": 300, "lr": 3e-2}
+CONFIG = {**SIZES, **TRAINING, "d_ff": 128, "n_experts": 8, "top_k": 2, "aux_loss_weight": 0.01}
 COEFFICIENTS = [0.0, 0.001, 0.01]
 CLAIMS = {"z-loss-bounds-logits": {
     "claim": "A router z-loss with the coefficient 0.001 keeps the router's logits small, at no cost in quality.", "source": "stmoe"}}
@@ -53,8 +53,7 @@ def run(coefficient: float, seed: int, text: corpus.Corpus) -> dict:
     torch.manual_seed(seed)
     moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], CONFIG["top_k"], aux_loss_weight=CONFIG["aux_loss_weight"],
                     z_loss_weight=coefficient, backend="loop")
-    model = LanguageModel(LMConfig(d_model=CONFIG["d_model"], n_layers=CONFIG["n_layers"], n_heads=CONFIG["n_heads"],
-                                   max_seq_len=CONFIG["seq_len"], moe=moe))
+    model = LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
     log = {"step": [], "z": [], "largest": [], "largest_absolute": []}
 
     def look(step, model, routings):
@@ -64,18 +63,13 @@ def run(coefficient: float, seed: int, text: corpus.Corpus) -> dict:
             log["largest"].append([r.logits.max().item() for r in routings])
             log["largest_absolute"].append([r.logits.abs().max().item() for r in routings])
 
-    history = train(model, text, steps=CONFIG["steps"], batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"], lr=CONFIG["lr"], seed=seed,
-                    eval_every=100, progress=False, on_step=look)
+    history = train(model, text, **TRAINING, seed=seed, eval_every=100, progress=False, on_step=look)
     return {**log, "eval_step": history.eval_step, "valid_loss": history.valid_loss}
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # matrices this small do not gain from a second thread
     text = corpus.load()
-    results = {f"{c:g}": [] for c in COEFFICIENTS}
-    for seed in tqdm(SEEDS, unit="seed"):
-        for coefficient in COEFFICIENTS:
-            results[f"{coefficient:g}"].append(run(coefficient, seed, text))
+    results = {f"{c:g}": found for c, found in runs.sweep(run, COEFFICIENTS, SEEDS, text).items()}
     results["verdicts"] = verdicts(results)
     config = {**CONFIG, "coefficients": COEFFICIENTS, "domains": list(text.domains), "claims": CLAIMS}
     print(runs.save("z_loss", config=config, seeds=SEEDS, results=results))

@@ -6,7 +6,7 @@ Dimension letters, everywhere: B batch, N tokens per sequence, T = B*N, D d_mode
 C capacity, A kept assignments. A local tensor carries its dims as a suffix: ``scores_BNE``, ``rows_AD``.
 """
 
-from . import accounting, capacity, interop, losses, metrics, probe, published
+from . import accounting, capacity, diagnosis, interop, losses, metrics, probe, published
 from .capacity import CapacityRule
 from .config import MoEConfig
 from .dispatch import DispatchPlan
@@ -18,6 +18,7 @@ from .routers import (
     QuantileBalancingRouter, ReLURouter, Router, SinkhornRouter, SwitchRouter, TopKRouter, ZeroComputationRouter,
 )
 from .routing import DropReason, Routing
+from .routing_log import RoutingLog, StepCosts
 from .soft_moe import SoftMoE
 from .upcycling import upcycle
 from .zero_computation import ZeroComputationExperts
@@ -26,7 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BalancedAssignmentRouter", "CapacityRule", "DispatchPlan", "DropReason", "ExpertChoiceRouter", "ExpertThresholdRouter",
     "Experts", "FeedForward", "GShardRouter", "HashRouter", "LMConfig", "LanguageModel", "LossFreeRouter", "MixtureOfExperts",
-    "MoEConfig", "NoisyTopKRouter", "QuantileBalancingRouter", "ReLURouter", "Router", "Routing", "SinkhornRouter", "SoftMoE",
-    "SwitchRouter", "TopKRouter", "ZeroComputationExperts", "ZeroComputationRouter", "accounting", "capacity", "interop", "losses",
-    "metrics", "probe", "published", "upcycle",
+    "MoEConfig", "NoisyTopKRouter", "QuantileBalancingRouter", "ReLURouter", "Router", "Routing", "RoutingLog", "SinkhornRouter",
+    "SoftMoE", "StepCosts", "SwitchRouter", "TopKRouter", "ZeroComputationExperts", "ZeroComputationRouter", "accounting", "capacity",
+    "diagnosis", "interop", "losses", "metrics", "probe", "published", "upcycle",
 ]

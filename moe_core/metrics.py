@@ -5,13 +5,17 @@ tokens: balance over a step is not the mean of the balances of its parts. None c
 answer on the device.
 """
 
-from typing import Sequence
+from typing import TYPE_CHECKING, Sequence
 
 import torch
 from torch import Tensor
 
 from ._validate import at_least
 from .routing import Routing
+
+if TYPE_CHECKING:
+    from .diagnosis import Findings
+    from .routing_log import RoutingLog
 
 Routings = Routing | Sequence[Routing]
 
@@ -124,6 +128,17 @@ def summary(routings: Routings) -> dict[str, float]:
     """The scalars of this file by name, and how many experts are dead; plain numbers, so a GPU is waited for."""
     scalars = max_violation, coefficient_of_variation, load_entropy, router_entropy, drop_rate
     return {f.__name__: float(f(routings)) for f in scalars} | {"dead_experts": int(dead_experts(routings).sum())}
+
+
+def diagnose(history: "RoutingLog") -> "Findings":
+    """What is wrong with a run, by its ``RoutingLog``: findings with evidence and remedy, the worst first. See ``moe_core.diagnosis``.
+
+    Raises:
+        ValueError: no training step was logged, or their numbers of layers differ.
+    """
+    from .diagnosis import diagnose  # it reads logs, and logs are made of the functions above
+
+    return diagnose(history)
 
 
 def _several(routings: Routings) -> Sequence[Routing]:

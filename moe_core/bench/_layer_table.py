@@ -54,7 +54,7 @@ def summary(record: dict) -> str:
 
 
 def growth(record: dict, name: str) -> str:
-    """How the time grows with T or with E, as bars: in proportion with T; hardly with E, since T*K rows are computed whatever E is."""
+    """How the time grows with T, or with E at a fixed T*K (the same rows are then multiplied, whatever E is), as bars."""
     points = record["results"]["growth"][name]
     means = [_mean(point["ms"]) for point in points]
     fixed = {key: value for key, value in points[0]["shape"].items() if key not in (name, "forward_only")}

@@ -104,7 +104,7 @@ def _layer(shape: Shape, backend: str, seed: int, device: str, dtype: torch.dtyp
 
 def _run(shape: Shape, backends: list[str], seed: int, rounds: int, device: str, dtype: torch.dtype) -> dict:
     """One repetition of one shape: every contestant's median milliseconds, and peak memory in MB."""
-    ours = _layer(shape, backends[0], seed, device, dtype)
+    ours = _layer(shape, "auto", seed, device, dtype)
     modules = {DENSE: FeedForward(shape.D, shape.F).to(device, dtype)}
     for backend in backends:
         modules[f"moe_core {backend}"] = copy.deepcopy(ours)

@@ -24,6 +24,11 @@ def test_every_contestant_is_measured_once_a_repetition(record):
     assert record["results"]["matmul_gflops"] > 0
 
 
+def test_what_auto_runs_is_said_whichever_backend_is_asked_for_first(record):
+    other = layer.bench([TINY], backends=["loop", "auto"], seeds=[0], rounds=1, scaling=False)
+    assert other["results"]["shapes"][0]["backend"] == record["results"]["shapes"][0]["backend"] != "loop"
+
+
 def test_all_contestants_but_st_moe_compute_the_same(record):
     ours, x = layer._layer(TINY, "auto", 0, "cpu", torch.float32), torch.randn(1, 8, 8)
     for name, block in _contestants.others(ours).items():

@@ -5,13 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_core import DispatchPlan, DropReason, MixtureOfExperts, ReLURouter, TopKRouter
+from moe_core import DispatchPlan, DropReason, MixtureOfExperts, ReLURouter
 
-from .helpers import cases, config, fast, mask, randn, routing_of, seeded
+from .helpers import cases, config, fast, randn, routing_of, seeded
 
 
 def random_routing(case, **changes):

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_core import MixtureOfExperts, ReLURouter
-from moe_core.losses import l1
 
 from ..helpers import config, fast, mask, randn, seeded
 

@@ -29,9 +29,9 @@ def sorting(routing: Routing, *, stage: int, rows: int, height: int = 560) -> go
     token_y = [t * K + (K - 1) / 2 for t in range(T)]
     size = 0.74 * (height - 40) / rows
 
-    def squares(x, y, tokens, experts=None):
+    def squares(x, y, tokens, experts=None, side="left"):
         colors = {"color": "rgba(0,0,0,0)"} if experts is None else {"color": experts, "colorscale": _scale(), "cmin": -0.5, "cmax": 7.5}
-        return go.Scatter(x=[x] * len(y), y=y, mode="markers+text", text=[str(t) for t in tokens], textposition="middle left", textfont={"size": 12},
+        return go.Scatter(x=[x] * len(y), y=y, mode="markers+text", text=[str(t) for t in tokens], textposition=f"middle {side}", textfont={"size": 12},
                           marker={"symbol": "square", "size": size, "line": {"width": 1.2, "color": theme.INK}, **colors})
 
     def ways(x, there, back, experts):
@@ -46,9 +46,9 @@ def sorting(routing: Routing, *, stage: int, rows: int, height: int = 560) -> go
                     textposition="inside", insidetextanchor="middle", textangle=0, marker={"color": theme.expert_colors(E)})
     columns = [[squares(0, token_y, range(T))],
                [squares(1, list(range(A)), [s // K for s in range(A)], expert_S)],
-               [*ways((1.15, 1.8), slots, range(A), expert_A), squares(2, list(range(A)), [s // K for s in slots], expert_A)],
+               [*ways((1.15, 1.84), slots, range(A), expert_A), squares(2, list(range(A)), [s // K for s in slots], expert_A, "right")],
                [blocks],
-               [*ways((3.3, 3.8), range(A), [token_y[s // K] for s in slots], expert_A), squares(4, token_y, range(T))]]
+               [*ways((3.3, 3.84), range(A), [token_y[s // K] for s in slots], expert_A), squares(4, token_y, range(T), side="right")]]
     traces = [trace.update(visible=i <= stage) for i, column in enumerate(columns) for trace in column]
     heads = [{"x": i, "y": 1, "yref": "paper", "yanchor": "bottom", "text": name, "showarrow": False} for i, name in enumerate(STAGES)]
     return theme.figure(traces, height=height, margin={"l": 4, "r": 4, "t": 30, "b": 4}, annotations=heads,
@@ -78,7 +78,7 @@ def product(dispatch_AT, combine_TA, expert_A, *, rows: int, height: int = 470) 
     diagonal = go.Scatter(x=list(range(T)), y=list(range(T)), xaxis="x2", yaxis="y", mode="text", textfont={"size": 11, "color": theme.INK},
                           text=[f"{round(both[t, t], 2):g}".removeprefix("0") for t in range(T)])
     split = 0.6  # the same for every K, and wide enough for the numbers on the diagonal
-    grid = {"showgrid": False, "showticklabels": False, "mirror": True, "showline": True, "linecolor": theme.MUTED}
+    grid = {"showgrid": False, "showticklabels": False, "mirror": "all", "showline": True, "linecolor": theme.MUTED}
     right, top = [split + 0.07, 1], [T / (rows + T) + 0.05, 0.96]
     heads = [{"x": right[0], "y": 1, "text": "dispatch, A × T", "xanchor": "left"},
              {"x": 0, "y": top[0] - 0.045, "text": "combine, T × A", "xanchor": "left"},

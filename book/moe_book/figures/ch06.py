@@ -13,7 +13,7 @@ def queues(expert_indices, kept, *, n_experts: int, capacity: int, tokens: list[
     Args:
         expert_indices: (T,) the expert each token wants. kept: (T,) bool, whether it got in.
         n_experts: E. capacity: places per expert.
-        tokens: T labels, written into the squares; by default their numbers.
+        tokens: T labels, written beside the squares; by default their numbers.
         rows: the longest queue there is room for; fix it across the frames of an Explorer.
 
     Raises:

@@ -18,7 +18,7 @@ class Placement:
         experts_of_rank: R tuples of P expert numbers.
 
     Raises:
-        ValueError: ranks have different numbers of places, an expert is missing, or stands twice on a rank.
+        ValueError: ranks have different numbers of places, an expert is no whole number, is missing, or stands twice on a rank.
     """
 
     experts_of_rank: tuple[tuple[int, ...], ...]
@@ -28,6 +28,9 @@ class Placement:
         sizes = {len(experts) for experts in self.experts_of_rank}
         if len(sizes) != 1 or 0 in sizes:
             raise ValueError(f"experts_of_rank={self.experts_of_rank} must give every rank the same number of experts, at least 1")
+        for rank, experts in enumerate(self.experts_of_rank):
+            for expert in experts:
+                whole(0, **{f"experts_of_rank[{rank}]": expert})
         held = {expert for experts in self.experts_of_rank for expert in experts}
         if held != set(range(len(held))):
             raise ValueError(f"experts_of_rank={self.experts_of_rank} must hold every expert from 0 to {max(held)}")
@@ -88,13 +91,13 @@ def by_load(load: Sequence[float], n_ranks: int, *, replicas: int = 0) -> Placem
         replicas: places for additional copies. Each goes to the expert with the most load per copy; its rows are shared out evenly.
 
     Raises:
-        ValueError: a load is negative, R does not divide E + replicas, or there would be more copies of every expert than ranks.
+        ValueError: a load is negative or not finite, R does not divide E + replicas, or there would be more copies of every expert than ranks.
 
     Source: greedy longest-processing-time scheduling (Graham 1969), with equally many places on each rank.
     """
     load = [float(value) for value in load]
     whole(0, replicas=replicas)
-    at_least(0, load=min(load, default=0.0))
+    at_least(0, **{f"load[{expert}]": value for expert, value in enumerate(load)})
     n_experts = len(load)
     places = _share(n_experts + replicas, n_ranks, "n_experts + replicas")
     copies = [1] * n_experts

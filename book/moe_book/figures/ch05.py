@@ -6,13 +6,12 @@ from .. import theme
 from ._arrays import array
 
 
-def load_panels(panels: dict, *, top: float, uniform: float | None = None, y_title: str = "share of the slots", panel_height: int = 130) -> go.Figure:
+def load_panels(panels: dict, *, top: float, panel_height: int = 130) -> go.Figure:
     """One row of bars per name, one bar per expert, all on the same axis; the even load as a dashed line.
 
     Args:
         panels: name -> (E,) shares of 1, drawn from top to bottom; every panel has the same E.
         top: upper end of the axes, at most 1.15.
-        uniform: the even share; by default 1 / E.
     """
     n = len(panels)
     traces, notes, layout = [], [], {}
@@ -20,17 +19,17 @@ def load_panels(panels: dict, *, top: float, uniform: float | None = None, y_tit
         load_E = array(load, 1, name)
         E = len(load_E)
         high, low = _span(i, n)
-        colors, even = theme.expert_colors(E), 1 / E if uniform is None else uniform
+        colors = theme.expert_colors(E)
         axis = "y" if i == 0 else f"y{i + 1}"
         bars = go.Bar(x=list(range(E)), y=[round(v, 4) for v in load_E.tolist()], name=name, yaxis=axis, cliponaxis=False,
                       marker={"color": colors, "line": {"color": colors, "width": 2}})
-        traces += [bars, *_even_and_labels(load_E, even, yaxis=axis)]
+        traces += [bars, *_even_and_labels(load_E, yaxis=axis)]
         notes.append(_name(name, high))
         layout["yaxis" + axis[1:]] = {"domain": [low, high - 0.01], "range": [0, top], "tickformat": ".0%", "nticks": 4}
     E = len(array(next(iter(panels.values()))))
     return theme.figure(
         traces, height=48 + n * panel_height, bargap=0.35, margin={"l": 56, "r": 12, "t": 8, "b": 44}, annotations=notes, **layout,
-        xaxis={"title": {"text": f"expert (bars: {y_title}, %; dashed: even)"}, "range": [-0.5, E - 0.5], "tickvals": list(range(E)),
+        xaxis={"title": {"text": "expert (bars: share of the slots, %; dashed: even)"}, "range": [-0.5, E - 0.5], "tickvals": list(range(E)),
                "ticktext": [str(e) for e in range(E)], "anchor": "y" if n == 1 else f"y{n}"},
     )
 
@@ -70,7 +69,7 @@ def score_strip(scores_TE, experts_T, *, height: int = 420) -> go.Figure:
     load_E = np.bincount(choice_T, minlength=E) / T
     bars = go.Bar(x=list(range(E)), y=load_E.tolist(), xaxis="x2", yaxis="y2", name="load", cliponaxis=False,
                   marker={"color": colors}, width=0.65)
-    even = _even_and_labels(load_E, 1 / E, xaxis="x2", yaxis="y2")
+    even = _even_and_labels(load_E, xaxis="x2", yaxis="y2")
     return theme.figure(
         [*stacks, chosen, bars, *even], height=height, barmode="stack", bargap=0.12, margin={"l": 56, "r": 12, "t": 34, "b": 44},
         annotations=[_name("each token: probabilities, and its choice", 1.0, shift=4),
@@ -106,9 +105,9 @@ def tradeoff(names: list[str], panels: dict, *, x_title: str, height: int = 430)
                                "anchor": "y" if n == 1 else f"y{n}"})
 
 
-def _even_and_labels(load_E, even, **axes):
+def _even_and_labels(load_E, **axes):
     """The dashed line of the even load, and each share in percent: above its bar, and above the line where the bar is lower."""
-    E = len(load_E)
+    E, even = len(load_E), 1 / len(load_E)
     line = go.Scatter(x=[-0.5, E - 0.5], y=[even, even], mode="lines", hoverinfo="skip", line={"color": theme.INK, "dash": "dash", "width": 1.5}, **axes)
     labels = go.Scatter(x=list(range(E)), y=[round(max(float(v), even), 4) for v in load_E], mode="text", text=[f"{100 * v:.0f}" for v in load_E],
                         textposition="top center", hoverinfo="skip", cliponaxis=False, **axes)

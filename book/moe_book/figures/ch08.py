@@ -5,7 +5,7 @@ from .. import theme
 from ._arrays import array
 
 
-def expert_panels(rows: dict, *, ranges: dict, filled: dict, groups: int = 1, lines: dict | None = None, digits: int = 2, height: int = 430) -> go.Figure:
+def expert_panels(rows: dict, *, ranges: dict, filled: dict, groups: int = 1, lines: dict | None = None, height: int = 430) -> go.Figure:
     """Panels of bars, one above the other, all over the same experts; what is not filled is hollow.
 
     Args:
@@ -14,7 +14,6 @@ def expert_panels(rows: dict, *, ranges: dict, filled: dict, groups: int = 1, li
         filled: title -> (E,) bool, the solid bars.
         groups: the experts stand in so many groups of neighbours, told apart by a gap-wide line.
         lines: title -> a value, drawn as a dashed line across that panel.
-        digits: of the numbers on the bars.
     """
     titles, n = list(rows), len(rows)
     E = len(array(rows[titles[0]], 1, titles[0]))
@@ -30,7 +29,7 @@ def expert_panels(rows: dict, *, ranges: dict, filled: dict, groups: int = 1, li
             x=list(range(E)), y=[0 if gone else float(v) for v, gone in zip(value_E, absent)], name=title, yaxis=axis, textangle=0,
             textposition="none" if lines and title in lines else "outside",  # a line would cross what stands on top
             cliponaxis=False, constraintext="none", textfont={"size": 14 if E <= 4 else 12},  # eight labels fit a phone, none is shrunk
-            text=["×" if gone else f"{v:.{digits}f}".replace("-", "−") for v, gone in zip(value_E, absent)],
+            text=["×" if gone else f"{v:.2f}".replace("-", "−") for v, gone in zip(value_E, absent)],
             marker={"color": [c if yes else theme.CLEAR for c, yes in zip(colors, solid_E)], "line": {"color": colors, "width": 2}}))
         if lines and title in lines:
             traces.append(go.Scatter(x=[-0.5, E - 0.5], y=[lines[title]] * 2, mode="lines", yaxis=axis, name=f"{title}: line",

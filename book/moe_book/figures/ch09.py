@@ -77,7 +77,7 @@ def arms(trained: dict, read: dict, *, x_title: str, x_range, height: int | None
                         yaxis={"visible": False, "range": [rows - 0.5, -0.75]})
 
 
-def counts(share, *, unit: str = "share of the bytes", top: float = 1.0, height: int = 230) -> go.Figure:
+def counts(share, *, top: float = 1.0, height: int = 230) -> go.Figure:
     """How many experts a token gets: a bar for 0 (hollow), 1, 2, ..."""
     share_M = array(share, 1, "share")
     x = list(range(len(share_M)))
@@ -86,7 +86,7 @@ def counts(share, *, unit: str = "share of the bytes", top: float = 1.0, height:
                   constraintext="none", textfont={"size": 12})  # one size for all, on a phone too
     return theme.figure([bars], height=height, bargap=0.3, margin={"l": 60, "r": 8, "t": 12, "b": 48},
                         xaxis={"title": {"text": "experts per byte"}, "tickvals": x, "range": [-0.6, len(x) - 0.4]},
-                        yaxis={"title": {"text": unit}, "range": [0, top], "tickformat": ".0%"})
+                        yaxis={"title": {"text": "share of the bytes"}, "range": [0, top], "tickformat": ".0%"})
 
 
 def shown(token: str) -> str:

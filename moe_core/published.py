@@ -97,7 +97,8 @@ MODELS: dict[str, ModelSpec] = _Models({
     "qwen3-next-80b-a3b": _model("transformers, Qwen3NextConfig; model card", 48, 2048, 151936,
                                  _hybrid(48, 4, _QWEN3_NEXT, GQA(16, 2, 256, qk_norm="head", output_gate=True)),
                                  MoESpec(512, 10, 512, 1, shared_gate=True)),
-    "olmoe-1b-7b": _model("OLMoE-1B-7B-0924.yml; arXiv 2409.02060", 16, 2048, 50304, GQA(16, 16, 128, qk_norm="full"), MoESpec(64, 8, 1024)),
+    "olmoe-1b-7b": _model("OLMoE-1B-7B-0924.yml; arXiv 2409.02060", 16, 2048, 50304, GQA(16, 16, 128, qk_norm="full"),
+                          MoESpec(64, 8, 1024)),
     "dbrx": _model("databricks/dbrx, model/config.json", 40, 6144, 100352, GQA(48, 8, 128), MoESpec(16, 4, 10752)),
     "grok-1": _model("xai-org/grok-1, run.py and model.py", 64, 6144, 131072, GQA(48, 8, 128), MoESpec(8, 2, 32768), n_norms=4, tied=True),
     "gpt-oss-120b": _model("openai/gpt-oss, torch/model.py; transformers, GptOssConfig", 36, 2880, 201088,
@@ -130,7 +131,8 @@ MODELS: dict[str, ModelSpec] = _Models({
                                      _hybrid(40, 4, _QWEN3_NEXT, GQA(16, 2, 256, qk_norm="head", output_gate=True)),
                                      MoESpec(256, 8, 512, 1, shared_gate=True)),
     "qwen3.5-397b-a17b (text)": _model("MaxText, qwen3.5-397b-a17b.yml", 60, 4096, 248320,
-                                       _hybrid(60, 4, replace(_QWEN3_NEXT, n_v_heads=64), GQA(32, 2, 256, qk_norm="head", output_gate=True)),
+                                       _hybrid(60, 4, replace(_QWEN3_NEXT, n_v_heads=64),
+                                               GQA(32, 2, 256, qk_norm="head", output_gate=True)),
                                        MoESpec(512, 10, 1024, 1, shared_gate=True)),
     "glm-4.7-flash": _model("transformers, Glm4MoeLiteConfig", 47, 2048, 154880, MLA(20, 768, 512, 192, 64, 256), MoESpec(64, 4, 1536, 1),
                             n_dense_layers=1, dense=DenseSpec(10240)),
@@ -159,19 +161,21 @@ MODELS: dict[str, ModelSpec] = _Models({
 })
 
 UNSUPPORTED: dict[str, str] = {
-    "deepseek-v4-flash": "its layers compress past keys and values and mix several residual streams (hyper-connections); no spec here has such parts",
-    "inkling (text)": "its layers have short convolutions on keys, values and both residual branches, and projections of relative positions; "
-                      "no spec here has such parts",
+    "deepseek-v4-flash": "its layers compress past keys and values and mix several residual streams (hyper-connections); "
+                         "no spec here has such parts",
+    "inkling (text)": "its layers have short convolutions on keys, values and both residual branches, and projections of relative "
+                      "positions; no spec here has such parts",
 }
 
-# What the makers announced, in billions: total and active, None where a primary text gives no figure.
+# Billions of total and active parameters as papers, model cards and READMEs print them (for a few, a framework's documentation); None
+# where we have seen no figure.
 ANNOUNCED: dict[str, tuple[float | None, float | None]] = {
     "mixtral-8x7b": (46.7, 12.9), "deepseekmoe-16b": (16.4, None), "deepseek-v2": (236, 21), "deepseek-v3": (671, 36.7),
     "kimi-k2": (1000, 32), "qwen3-next-80b-a3b": (80, 3), "olmoe-1b-7b": (6.9, 1.3), "dbrx": (132, 36), "grok-1": (314, None),
     "gpt-oss-120b": (117, 5.1), "glm-4.5-air": (106, 12), "minimax-text-01": (456, 45.9), "granite-3-1b-a400m": (1.3, 0.4),
     "phi-3.5-moe": (None, 6.6), "arctic": (480, 17), "hunyuan-large": (389, 52), "ernie-4.5-21b-a3b": (21, 3),
     "ernie-4.5-300b-a47b": (300, 47), "longcat-flash": (560, 27), "qwen3.5-35b-a3b (text)": (35, 3), "qwen3.5-397b-a17b (text)": (397, 17),
-    "glm-4.7-flash": (30, 3), "switch-xxl": (395, None), "switch-c": (1571, None), "deepseek-v3.2": (671, 37), "deepseek-v4-flash": (284, 13),
-    "glm-5": (744, 40), "kimi-linear-48b-a3b": (48, 3), "inkling (text)": (975, 41), "ling-flash-2.0 (= ring-flash)": (100, 6.1),
+    "glm-4.7-flash": (30, 3), "deepseek-v3.2": (671, 37), "deepseek-v4-flash": (284, 13), "glm-5": (744, 40),
+    "kimi-linear-48b-a3b": (48, 3), "inkling (text)": (975, 41), "ling-flash-2.0 (= ring-flash)": (100, 6.1),
     "et-d12 (2603.11535)": (0.575, 0.195), "et-d20 (2603.11535)": (2.43, 0.561), "kimi-k3 (text)": (2800, 104.2),
 }

@@ -1,8 +1,9 @@
 """Attention in numbers: what its projections hold, what its scores cost, what it keeps of the past.
 
-A kind of attention is a frozen dataclass with the five methods of ``Mixer``. Linear attention and state spaces: ``recurrent``.
+A kind of attention is a frozen dataclass with the methods of ``Mixer``. Linear attention and state spaces: ``recurrent``.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from .._validate import boolean, one_of, whole
@@ -10,16 +11,16 @@ from .._validate import boolean, one_of, whole
 QK_NORMS = (None, "head", "full")
 
 
-class Mixer:
+class Mixer(ABC):
     """What mixes the tokens of a sequence: the part of a layer that is not a feed-forward network."""
 
+    @abstractmethod
     def matrices(self, d_model: int) -> int:
         """Numbers that a token is multiplied with, once each: 2 FLOPs apiece."""
-        raise NotImplementedError
 
+    @abstractmethod
     def vectors(self, d_model: int) -> int:
         """Numbers that are no matrix: biases, gains of norms, sinks."""
-        return 0
 
     def score_flops(self, context: float) -> float:
         """FLOPs of one token that looks at ``context`` positions, beyond the projections.
@@ -42,7 +43,7 @@ class Mixer:
         return context
 
     def saved(self, d_model: int) -> int:
-        """Numbers kept for the backward pass of one token, see ``memory.activation_bytes``.
+        """Numbers kept for the backward pass of one token, besides one a head in float32; see ``activations``.
 
         Raises:
             ValueError: its kernel decides that.
@@ -125,8 +126,8 @@ class AttentionSpec(Mixer):
         return 2 * self._kv
 
     def saved(self, d_model: int) -> int:
-        """Input of the projections, q, k, v, the heads' output and its log-sum-exp; the projection out takes that same output."""
-        return d_model + 2 * self._q + 2 * self.n_kv_heads * self.head_dim + self.n_heads
+        """Input of the projections, q, k, v and the heads' output, which is the input of the projection out."""
+        return d_model + 2 * self._q + 2 * self.n_kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,8 @@ class LatentAttentionSpec(Mixer):
         return self.kv_rank + self.rope_dim + self.indexer_dim
 
     def saved(self, d_model: int) -> int:
-        """Input, both latents before and after their norm, q, k, v, the heads' output and its log-sum-exp."""
+        """Input, both latents before and after their norm, q, k, v and the heads' output."""
         if self.indexer_heads:
             return super().saved(d_model)
         latents = 2 * (self.q_rank or 0) + 2 * self.kv_rank
-        return d_model + latents + 2 * self._q + 2 * self.n_heads * self.v_dim + self.n_heads
+        return d_model + latents + 2 * self._q + 2 * self.n_heads * self.v_dim

@@ -85,7 +85,8 @@ class MoESpec:
         whole(0, n_shared_experts=self.n_shared_experts, router_matrices=self.router_matrices, n_zero_experts=self.n_zero_experts,
               n_constant_experts=self.n_constant_experts)
         if self.n_constant_experts > self.n_zero_experts:
-            raise ValueError(f"n_constant_experts={self.n_constant_experts} must be at most n_zero_experts={self.n_zero_experts}, they are of these")
+            raise ValueError(f"n_constant_experts={self.n_constant_experts} must be at most n_zero_experts={self.n_zero_experts}: "
+                             "they are among these")
         at_least(0, top_k=self.top_k)
         if not 0 < self.top_k <= self.n_experts + self.n_zero_experts:
             raise ValueError(f"top_k={self.top_k!r} must be above 0 and at most all experts={self.n_experts + self.n_zero_experts}")

@@ -13,6 +13,8 @@ from .recurrent import GatedDeltaNetSpec, KimiDeltaSpec, LightningAttentionSpec,
 from .spec import ModelSpec
 
 _NEEDED = object()
+# transformers 5 writes the second name where a released config.json has the first, or the other way round.
+_ALIASES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
 
 
 class _Values:
@@ -25,18 +27,21 @@ class _Values:
             self.values, self.model_type = values["text_config"], values["text_config"].get("model_type")
 
     def __call__(self, name: str, default: Any = _NEEDED) -> Any:
-        value = self.values.get(name)
+        value = self.values.get(name, self.values.get(_ALIASES.get(name)))
         if value is None and default is _NEEDED:
             raise ValueError(f"{name} is missing from this config of model_type={self.model_type!r}")
         return default if value is None else value
 
     def head_dim(self) -> int:
+        """Given, or what the heads share out."""
         return self("head_dim", self("hidden_size") // self("num_attention_heads"))
 
 
 def _decoder(c: _Values, attention, moe: MoESpec, **model) -> ModelSpec:
-    return ModelSpec.decoder(d_model=c("hidden_size"), vocab_size=c("vocab_size"), n_layers=c("num_hidden_layers"), attention=attention, moe=moe,
-                             tied=bool(c("tie_word_embeddings", False)), source=f"config of model_type {c.model_type}", **model)
+    return ModelSpec.decoder(
+        d_model=c("hidden_size"), vocab_size=c("vocab_size"), n_layers=c("num_hidden_layers"), attention=attention, moe=moe,
+        tied=bool(c("tie_word_embeddings", False)), source=f"config of model_type {c.model_type}", **model,
+    )
 
 
 def _pattern(c: _Values, attention, moe: MoESpec, is_moe: list[bool], dense: DenseSpec, **model) -> ModelSpec:
@@ -52,8 +57,15 @@ def _gqa(c: _Values, **options) -> AttentionSpec:
 
 
 def _mla(c: _Values, **options) -> LatentAttentionSpec:
-    return LatentAttentionSpec(c("num_attention_heads"), c("q_lora_rank", None), c("kv_lora_rank"), c("qk_nope_head_dim"), c("qk_rope_head_dim"),
-                               c("v_head_dim"), **options)
+    return LatentAttentionSpec(c("num_attention_heads"), c("q_lora_rank", None), c("kv_lora_rank"), c("qk_nope_head_dim"),
+                               c("qk_rope_head_dim"), c("v_head_dim"), **options)
+
+
+def _demand(c: _Values, **values) -> None:
+    """Raise ValueError where the config says otherwise: that variant is not known."""
+    for name, value in values.items():
+        if c(name, value) != value:
+            raise ValueError(f"{name}={c(name)!r} must be {value!r}: model_type={c.model_type!r} is known only so")
 
 
 def _biased(c: _Values) -> dict:
@@ -81,7 +93,7 @@ def _local(c: _Values, **options) -> MoESpec:
 
 
 def _mixtral(c):
-    return _decoder(c, _gqa(c), _local(c))
+    return _decoder(c, _gqa(c, **_biased(c)), _local(c))
 
 
 def _olmoe(c):
@@ -124,19 +136,19 @@ def _llama4(c):
     moe = MoESpec(c("num_local_experts"), c("num_experts_per_tok"), c("intermediate_size"), 1)
     step = c("interleave_moe_layer_step")
     moe_layers = c("moe_layers", list(range(step - 1, c("num_hidden_layers"), step)))
-    return _pattern(c, _gqa(c, **_biased(c)), moe, [i in moe_layers for i in range(c("num_hidden_layers"))], DenseSpec(c("intermediate_size_mlp")))
+    is_moe = [i in moe_layers for i in range(c("num_hidden_layers"))]
+    return _pattern(c, _gqa(c, **_biased(c)), moe, is_moe, DenseSpec(c("intermediate_size_mlp")))
 
 
 def _deepseek_moe(c) -> MoESpec:
-    shared = c("n_shared_experts", 0)
-    return MoESpec(c("n_routed_experts"), c("num_experts_per_tok"), c("moe_intermediate_size"), shared)
+    return MoESpec(c("n_routed_experts"), c("num_experts_per_tok"), c("moe_intermediate_size"), c("n_shared_experts", 0))
 
 
 def _deepseek(c):
-    if c("attention_bias", False) or c("mlp_bias", False):
-        raise ValueError(f"attention_bias and mlp_bias must be False: model_type={c.model_type!r} is known without them")
+    _demand(c, attention_bias=False, mlp_bias=False, moe_layer_freq=1)
     indexer = {}
     if c.model_type in ("deepseek_v32", "glm_moe_dsa"):
+        _demand(c, indexer_types=["full"] * c("num_hidden_layers"))
         indexer = {"indexer_heads": c("index_n_heads"), "indexer_dim": c("index_head_dim")}
     spec = _pattern(c, _mla(c, **indexer), _deepseek_moe(c), _first_dense(c), DenseSpec(c("intermediate_size")))
     if c.model_type == "axk1":  # a third norm behind every MoE
@@ -155,17 +167,17 @@ def _phimoe(c):
 
 
 def _ernie(c):
-    bias = bool(c("use_bias", False))
-    shared = c("moe_num_shared_experts", 0)
-    moe = MoESpec(c("moe_num_experts"), c("moe_k"), c("moe_intermediate_size"), shared, bias=bias)
+    _demand(c, use_bias=False)
+    moe = MoESpec(c("moe_num_experts"), c("moe_k"), c("moe_intermediate_size"), c("moe_num_shared_experts", 0))
     first, last, step = c("moe_layer_start_index", 1), c("moe_layer_end_index", -1), c("moe_layer_interval", 1)
     last = c("num_hidden_layers") - 1 if last == -1 else last
     is_moe = [first <= i <= last and (i + 1) % step == 0 for i in range(c("num_hidden_layers"))]
-    return _pattern(c, _gqa(c, qkv_bias=bias, out_bias=bias), moe, is_moe, DenseSpec(c("intermediate_size"), bias=bias))
+    return _pattern(c, _gqa(c), moe, is_moe, DenseSpec(c("intermediate_size")))
 
 
 def _jamba(c):
-    rank = c("mamba_dt_rank")
+    _demand(c, mamba_conv_bias=True, mamba_proj_bias=False)
+    rank = -(-c("hidden_size") // 16) if c("mamba_dt_rank") == "auto" else c("mamba_dt_rank")
     mamba = MambaSpec(c("mamba_expand") * c("hidden_size"), c("mamba_d_state"), c("mamba_d_conv"), rank)
     mixers = [_gqa(c) if i % c("attn_layer_period") == c("attn_layer_offset") else mamba for i in range(c("num_hidden_layers"))]
     is_moe = [i % c("expert_layer_period") == c("expert_layer_offset") for i in range(c("num_hidden_layers"))]
@@ -179,8 +191,10 @@ def _minimax(c):
 
 
 def _kimi_linear(c):
-    mixers = {"full_attention": _mla(c), "linear_attention": KimiDeltaSpec(c("linear_num_heads"), c("linear_head_dim"), c("linear_conv_kernel_dim"))}
-    return _pattern(c, _kinds(c, mixers), _deepseek_moe(c), _first_dense(c), DenseSpec(c("intermediate_size")))
+    mixers = {"full_attention": _mla(c),
+              "linear_attention": KimiDeltaSpec(c("linear_num_heads"), c("linear_head_dim"), c("linear_conv_kernel_dim"))}
+    moe = MoESpec(c("num_experts"), c("num_experts_per_token"), c("moe_intermediate_size"), c("num_shared_experts"))
+    return _pattern(c, _kinds(c, mixers), moe, _first_dense(c), DenseSpec(c("intermediate_size")))
 
 
 # model_type -> family.

@@ -138,8 +138,8 @@ class ModelSpec:
         return from_hf(config)
 
     @cached_property
-    def _parts(self) -> dict[str, tuple[int, int]]:
-        """Part -> numbers in its matrices, numbers in its vectors."""
+    def numbers(self) -> dict[str, tuple[int, int]]:
+        """Part -> numbers in its matrices (multiplied with tokens), numbers in its vectors."""
         D, sums = self.d_model, {part: [0, 0] for part in PARTS}
         sums["embedding"][0] = D * self.vocab_size
         sums["head"][:] = 0 if self.tied else D * self.vocab_size, self.head_bias * self.vocab_size
@@ -152,6 +152,12 @@ class ModelSpec:
                     sums[part][i] += numbers[i]
         sums["norms"][1] = n_norms * NORMS[self.norm] * D
         return {part: tuple(numbers) for part, numbers in sums.items()}
+
+    def check_decoder_only(self) -> None:
+        """Raise ValueError for a model with an encoder: its tokens are others than the decoder's, so nothing is "per token"."""
+        if self.n_encoder_layers:
+            raise ValueError(f"n_encoder_layers={self.n_encoder_layers} must be 0: encoder and decoder see different tokens, "
+                             "and this is counted per token")
 
     @property
     def n_layers(self) -> int:
@@ -166,7 +172,7 @@ class ModelSpec:
     @property
     def parts(self) -> dict[str, int]:
         """Parameters of each of ``PARTS``; their sum is ``total_params``. A tied head has none of its own."""
-        return {part: matrices + vectors for part, (matrices, vectors) in self._parts.items()}
+        return {part: matrices + vectors for part, (matrices, vectors) in self.numbers.items()}
 
     @property
     def active_parts(self) -> dict[str, int]:

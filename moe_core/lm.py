@@ -1,6 +1,7 @@
 """A small decoder-only transformer whose feed-forward layer is dense or a Mixture-of-Experts; nothing else differs."""
 
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -141,14 +142,14 @@ class LanguageModel(nn.Module):
 
     Args:
         config: an ``LMConfig``; ``config.dense_twin()`` is the dense model to compare an MoE with.
-        shard: which of the experts live here, see ``Experts``; None for all of them.
+        shards: for each layer which of its experts live here, see ``Experts``; None for all of them.
     """
 
-    def __init__(self, config: LMConfig, shard: ExpertShard | None = None):
+    def __init__(self, config: LMConfig, shards: Sequence[ExpertShard] | None = None):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, shard) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, shard) for shard in shards or [None] * config.n_layers)
         self.norm = nn.RMSNorm(config.d_model)
         self.reset_parameters()
 

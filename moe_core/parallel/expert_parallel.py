@@ -37,6 +37,7 @@ class ExpertShard(NamedTuple):
 RunRows = Callable[[Tensor, Tensor], Tensor]  # (rows (A, D) sorted by expert, counts (P,)) -> (A, D)
 
 
+@torch.compiler.disable(reason="the host reads how many rows go where")
 def run_rows(rows: Sequence[Tensor], counts: Sequence[Tensor], experts: Sequence[RunRows], exchange: Exchange,
              placement: Placement) -> list[Tensor]:
     """Run rows through experts that live on other ranks.

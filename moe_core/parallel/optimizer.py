@@ -68,4 +68,4 @@ def adamw(model: nn.Module, *, lr: float, betas: tuple[float, float] = (0.9, 0.9
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor that FSDP2 may have sharded."""
-    return tensor.tolocal() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

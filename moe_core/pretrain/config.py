@@ -11,7 +11,7 @@ from .._validate import at_least, boolean, one_of, whole
 from ..config import MoEConfig
 from ..lm import LMConfig
 
-PLACEMENTS = ("contiguous", "round_robin")
+PLACEMENTS = ("contiguous", "round_robin", "by_load")
 
 
 def _option(default, text: str):
@@ -49,7 +49,8 @@ class PretrainConfig:
         "help": 'anything else of MoEConfig, as JSON: \'{"capacity_factor": 1.25, "router_options": {...}}\''})
     global_balance: bool = _option(False, "balance loss over all ranks and micro-batches together, not over each for itself")
     ep_size: int = _option(1, "ranks the experts are spread over; must divide the number of processes")
-    placement: str = _option("contiguous", f"which rank holds which expert: {' or '.join(PLACEMENTS)}")
+    placement: str = _option("contiguous", f"which rank holds which expert: {', '.join(PLACEMENTS)} (as the run to resume logged it)")
+    replicas: int = _option(0, "by_load: places for additional copies of the busiest experts, in each layer")
     precision: str = _option("float32", "float32, or bfloat16 for autocast")
     eval_every: int = _option(50, "measure the held-out loss every so many steps, and at the end; 0 only at the end")
     save_every: int = _option(50, "write a checkpoint every so many steps, and at the end")
@@ -58,7 +59,8 @@ class PretrainConfig:
 
     def __post_init__(self):
         whole(1, steps=self.steps, batch_size=self.batch_size, seq_len=self.seq_len, ep_size=self.ep_size, save_every=self.save_every)
-        whole(0, seed=self.seed, micro_batch_size=self.micro_batch_size, eval_every=self.eval_every, threads=self.threads)
+        whole(0, seed=self.seed, micro_batch_size=self.micro_batch_size, eval_every=self.eval_every, threads=self.threads,
+              replicas=self.replicas)
         at_least(0, lr=self.lr, weight_decay=self.weight_decay)
         for name in ("max_grad_norm", "timeout"):
             if not getattr(self, name) > 0:
@@ -68,8 +70,10 @@ class PretrainConfig:
         boolean(global_balance=self.global_balance)
         one_of(PLACEMENTS, placement=self.placement)
         one_of(("float32", "bfloat16"), precision=self.precision)
-        if self.n_experts % self.ep_size:
-            raise ValueError(f"ep_size={self.ep_size} must divide n_experts={self.n_experts}")
+        if self.replicas and self.placement != "by_load":
+            raise ValueError(f"replicas={self.replicas} needs placement='by_load', not {self.placement!r}")
+        if (self.n_experts + self.replicas) % self.ep_size:
+            raise ValueError(f"ep_size={self.ep_size} must divide n_experts + replicas = {self.n_experts + self.replicas}")
         if not self.model().moe.aux_loss_weight and self.global_balance:
             raise ValueError(f"global_balance=True needs a balance loss: aux_loss_weight above 0, with a router that has one, not {self.router!r}")
 

@@ -3,7 +3,7 @@
 import json
 import signal
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -43,8 +43,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, store: dist.Store 
     out, trainer = Path(config.out), None
     try:
         trainer = Trainer(config)
-        log = _Log(out, trainer, resume)
-        with _told_to_stop() as told:
+        with _told_to_stop() as told, closing(_Log(out, trainer, resume)) as log:
             return _steps(trainer, log, out / "checkpoints", told)
     except RuntimeError as error:  # what a broken connection or a timeout raises
         if store is None or not dist.is_initialized() or isinstance(error, checkpoint.BrokenCheckpoint):
@@ -66,7 +65,6 @@ def _steps(trainer: Trainer, log: "_Log", folder: Path, told: list) -> Path:
         if stop and not last:
             log.say(f"stopped after step {trainer.step} as asked; --resume goes on from {saved}")
             break
-    log.close()
     return saved or checkpoint.newest(folder)
 
 

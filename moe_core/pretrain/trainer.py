@@ -1,8 +1,10 @@
 """One rank's part of a training run, the same for one process and for many: the model, a step, the held-out loss."""
 
+import json
 import math
 import time
 import zlib
+from pathlib import Path
 from typing import Iterator
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from .. import corpus, losses, metrics
 from .._ranks import mean_over_ranks, sum_over_ranks
 from ..lm import LanguageModel, next_token_loss
-from ..parallel import contiguous, round_robin
+from ..parallel import Placement, by_load, contiguous, round_robin
 from ..parallel.optimizer import adamw, clip_gradients, finish_expert_gradients
 from ..parallel.topology import Topology, shard_replicated
 from ..routing import Routing
@@ -40,18 +42,17 @@ class Trainer:
         self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         self.world, self.rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         self.n_micro, self.micro_size = config.micro_batches(self.world)
-        shard = None
+        shards = None
         if dist.is_initialized():
             _same_everywhere(config)
             self.topology = Topology.make(config.ep_size, self.device.type)
-            place = {"contiguous": contiguous, "round_robin": round_robin}[config.placement]
-            shard = self.topology.shard(place(config.n_experts, config.ep_size))
+            shards = [self.topology.shard(placement) for placement in placements(config)]
         elif config.ep_size > 1:
             raise ValueError(f"ep_size={config.ep_size} needs {config.ep_size} processes: torchrun --standalone --nproc-per-node "
                              f"{config.ep_size} -m moe_core.pretrain --ep-size {config.ep_size} ...")
         self.text = corpus.load(config.text)
         torch.manual_seed(config.seed)
-        self.model = LanguageModel(config.model(), shard).to(self.device)
+        self.model = LanguageModel(config.model(), shards).to(self.device)
         if self.topology is not None:
             shard_replicated(self.model, self.topology)
         self.optimizer = adamw(self.model, lr=config.lr, weight_decay=config.weight_decay)
@@ -128,13 +129,30 @@ class Trainer:
         return self.config.global_balance and name == "load_balance"
 
     def _balance(self, routings: list[list[Routing]]) -> dict:
-        """MaxVio and drop rate of each layer, over all micro-batches and ranks."""
+        """Load, MaxVio and drop rate of each layer, over all micro-batches and ranks."""
         layers = [list(layer) for layer in zip(*routings)]
         asked_LE = sum_over_ranks(torch.stack([metrics.load(layer) for layer in layers]))
         kept_LE = sum_over_ranks(torch.stack([sum(r.tokens_per_expert for r in layer) for layer in layers]))
         total_L = asked_LE.sum(-1).clamp(min=1)
         worst_L = asked_LE.max(-1).values * asked_LE.shape[-1] / total_L - 1
-        return {"max_violation": worst_L.clamp(min=0).tolist(), "drop_rate": (1 - kept_LE.sum(-1) / total_L).tolist()}
+        return {"load": asked_LE.tolist(), "max_violation": worst_L.clamp(min=0).tolist(),
+                "drop_rate": (1 - kept_LE.sum(-1) / total_L).tolist()}
+
+
+def placements(config: PretrainConfig) -> list[Placement]:
+    """For each layer who holds which expert.
+
+    Raises:
+        ValueError: placement is "by_load", and the run has logged none.
+    """
+    if config.placement != "by_load":
+        place = {"contiguous": contiguous, "round_robin": round_robin}[config.placement]
+        return [place(config.n_experts, config.ep_size)] * config.n_layers
+    log = Path(config.out) / "log.jsonl"
+    if not log.is_file():
+        raise ValueError(f"placement='by_load' needs a run to resume: there is no {log}")
+    loads = torch.tensor([json.loads(line)["load"] for line in log.read_text().splitlines()[-20:]]).sum(0)
+    return [by_load(load_E.tolist(), config.ep_size, replicas=config.replicas) for load_E in loads]
 
 
 def learning_rate(step: int, config: PretrainConfig) -> float:

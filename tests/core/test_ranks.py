@@ -6,9 +6,9 @@ import torch
 from moe_core import TopKRouter, losses
 from moe_core._ranks import mean_over_ranks, n_ranks, sum_over_ranks
 from moe_core.routers import LossFreeRouter, QuantileBalancingRouter, ReLURouter, ZeroComputationRouter
+from tests.gang import Gang
 
 from .helpers import randn, seeded
-from .ranks import on_ranks
 
 BIG = 2**53 + 1  # not a float64
 X = randn(4, 6, 8, dtype=torch.float64)
@@ -54,7 +54,7 @@ def state_after(name, parts):
     return {key: value for key, value in router.state_dict().items() if key != "weight"}
 
 
-def work(rank):
+def work(rank, _):
     mine = slice(2 * rank, 2 * rank + 2)
     x, padding_mask = X[mine], UNEVEN[mine]
     count, value = torch.tensor([BIG, rank]), torch.tensor([1.0, rank])
@@ -72,8 +72,8 @@ def work(rank):
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    return on_ranks(f"{__name__}:work", tmp_path_factory.mktemp("ranks"))
+def ranks(gangs):
+    return gangs(2).run(work)
 
 
 def test_sums_and_means_are_over_all_ranks_and_exact_for_integers(ranks):
@@ -134,11 +134,13 @@ def test_a_mean_of_integers_is_refused():
         mean_over_ranks(torch.tensor([1, 2]))
 
 
-def fail(rank):
+def fail(rank, _):
     assert rank == 0, "rank 1 fails"
     return sum_over_ranks(torch.ones(1))  # waits for a rank that is gone
 
 
-def test_when_one_rank_fails_all_end_and_the_reason_is_shown(tmp_path):
+def test_when_one_rank_fails_all_end_and_the_reason_is_shown():
+    gang = Gang(2)
     with pytest.raises(AssertionError, match="rank 1 fails"):
-        on_ranks(f"{__name__}:fail", tmp_path, timeout=60)
+        gang.run(fail)
+    assert gang.closed

@@ -1,0 +1,161 @@
+"""The command line: alone, under torchrun, told to stop, and with a rank that dies or hangs."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_core.parallel import checkpoint
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--d-model", "32", "--d-ff", "32", "--n-heads", "2", "--n-experts", "4", "--seq-len", "32", "--batch-size", "8", "--save-every", "5"]
+ENDLESS = ["--steps", "1000000", "--eval-every", "0"]
+WITHIN = 30  # seconds in which the others must have ended
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+            **more}
+
+
+def run(command, out, *flags, timeout=120):
+    return subprocess.run([*command, *TINY, *flags, "--out", str(out)], cwd=ROOT, env=environment(), capture_output=True, text=True,
+                          timeout=timeout)
+
+
+ALONE = [sys.executable, "-m", "moe_core.pretrain"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moe_core.pretrain",
+            "--ep-size", "2"]
+
+
+def log(out):
+    file = Path(out) / "log.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+
+
+class Ranks:
+    """Processes as torchrun starts them, each with its own standard error; all ended when the block is left."""
+
+    def __init__(self, n_ranks, out, *flags):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        self.errors = [open(f"{out}.{rank}.txt", "w+") for rank in range(n_ranks)]
+        self.processes = [
+            subprocess.Popen([*ALONE, *TINY, *flags, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=self.errors[rank],
+                             env=environment(RANK=str(rank), WORLD_SIZE=str(n_ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                                             MASTER_PORT=port))
+            for rank in range(n_ranks)
+        ]
+        self.out = out
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+        for file in self.errors:
+            file.close()
+
+    def wait_for(self, ready, seconds=120):
+        end = time.monotonic() + seconds
+        while not ready():
+            assert time.monotonic() < end and all(process.poll() is None for process in self.processes), self.said(0)
+            try:
+                self.processes[0].wait(0.05)
+            except subprocess.TimeoutExpired:
+                pass
+
+    def said(self, rank):
+        return Path(self.errors[rank].name).read_text()
+
+    def after_a_checkpoint(self):
+        """In the middle of a step some time after the first checkpoint."""
+        self.wait_for(lambda: len(log(self.out)) >= 8)
+
+    def ends_of(self, ranks):
+        """Exit codes and messages of these ranks, which must end in time."""
+        end = time.monotonic() + WITHIN
+        codes = [self.processes[rank].wait(max(0.1, end - time.monotonic())) for rank in ranks]
+        return codes, [re.findall(r"^error: .*", self.said(rank), re.MULTILINE) for rank in ranks]
+
+
+def test_one_process_trains_and_logs_and_saves(tmp_path):
+    done = run(ALONE, tmp_path / "first", "--steps", "20")
+    assert done.returncode == 0, done.stderr
+    records = log(tmp_path / "first")
+    assert [record["step"] for record in records] == list(range(1, 21)) and records[-1]["loss"] < records[0]["loss"] - 1
+    assert records[-1]["valid_loss"] < 5 and {"lr", "grad_norm", "load", "max_violation", "drop_rate", "tokens", "seconds"} <= set(records[0])
+    saved = sorted(path.name for path in (tmp_path / "first" / "checkpoints").iterdir())
+    assert saved == [f"step-{step:08d}" for step in (5, 10, 15, 20)]
+    assert json.loads((tmp_path / "first" / "config.json").read_text())["steps"] == 20
+    assert "20/20" in done.stderr  # the progress bar
+
+
+def test_torchrun_with_two_ranks_gives_the_same_losses_and_resumes_in_one_process(tmp_path):
+    alone = run(ALONE, tmp_path / "first", "--steps", "6", "--micro-batch-size", "4")
+    spread = run(TORCHRUN, tmp_path / "second", "--steps", "6")
+    assert spread.returncode == 0, spread.stderr
+    losses = [[record["loss"] for record in log(tmp_path / name)] for name in ("first", "second")]
+    assert alone.returncode == 0 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert "2 processes, ep_size 2" in spread.stderr + spread.stdout
+    more = run(ALONE, tmp_path / "second", "--steps", "8", "--resume")
+    assert more.returncode == 0 and [record["step"] for record in log(tmp_path / "second")] == list(range(1, 9))
+
+
+def test_a_file_of_options_and_a_key_that_is_none(tmp_path):
+    (tmp_path / "run.toml").write_text("steps = 2\nlearning_rate = 0.1\n")
+    done = run(ALONE, tmp_path / "out", "--config", str(tmp_path / "run.toml"))
+    assert done.returncode == 2 and "unknown keys in PretrainConfig: learning_rate; known are steps, out" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_spread_experts_without_torchrun_is_an_error_of_one_line(tmp_path):
+    done = run(ALONE, tmp_path / "out", "--ep-size", "2")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: ep_size=2 needs 2 processes: torchrun --standalone --nproc-per-node 2 -m moe_core.pretrain" in done.stderr
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_when_one_rank_is_told_to_stop_all_finish_the_step_save_and_end_well(tmp_path, told):
+    with Ranks(2, tmp_path / "run", *ENDLESS, "--save-every", "1000000", "--ep-size", "2") as ranks:
+        ranks.wait_for(lambda: len(log(ranks.out)) >= 3)
+        ranks.processes[told].send_signal(signal.SIGTERM)
+        codes, _ = ranks.ends_of([0, 1])
+    assert codes == [0, 0], ranks.said(1)
+    last = checkpoint.newest(tmp_path / "run" / "checkpoints")
+    assert checkpoint.check(last)["step"] == log(tmp_path / "run")[-1]["step"] >= 3
+
+
+@pytest.mark.parametrize("victim", [3, 0])
+def test_when_a_rank_is_killed_in_a_step_the_others_end_and_name_it_and_the_checkpoint_is_whole(tmp_path, victim):
+    with Ranks(4, tmp_path / "run", *ENDLESS, "--ep-size", "4") as ranks:
+        ranks.after_a_checkpoint()
+        ranks.processes[victim].kill()
+        others = [rank for rank in range(4) if rank != victim]
+        codes, messages = ranks.ends_of(others)
+        said = "\n".join(ranks.said(rank) for rank in others)
+    assert codes == [1, 1, 1], said
+    for rank, [message] in zip(others, messages, strict=True):
+        # Rank 0 keeps the store by which the ranks find out who is missing; without it they know that one is.
+        who = f"rank {victim} of 4 gone or silent" if victim else "another of the 4 ranks is gone"
+        assert message.startswith(f"error: rank {rank}: {who} in step ") and "timeout 30 s" in message, said
+        assert re.search(r"the last checkpoint is .*step-0000", message)
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_when_a_rank_hangs_the_others_give_it_up_after_the_timeout(tmp_path):
+    with Ranks(2, tmp_path / "run", *ENDLESS, "--ep-size", "2", "--timeout", "4") as ranks:
+        ranks.after_a_checkpoint()
+        ranks.processes[1].send_signal(signal.SIGSTOP)
+        codes, [[message]] = ranks.ends_of([0])
+    assert codes == [1] and "rank 1 of 2 gone or silent" in message and "timeout 4 s" in message

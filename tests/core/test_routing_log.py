@@ -52,7 +52,7 @@ def test_a_record_says_what_the_metrics_say(name):
 
 def test_logsumexp_is_the_root_of_the_z_loss():
     routing = TopKRouter(8, 4, 2)(randn(2, 5, 8))
-    assert layer_record(routing).logsumexp ** 2 == pytest.approx(float(losses.z_loss(routing)), rel=1e-6)
+    assert layer_record(routing).logsumexp ** 2 == pytest.approx(losses.z_loss(routing).item(), rel=1e-6)
 
 
 def test_it_looks_at_every_nth_step_and_at_the_load_of_the_next():

@@ -80,7 +80,7 @@ class Experts(nn.Module):
 
     Raises:
         ValueError: a size is not a positive whole number, an option is out of its range, or ep_size does not divide n_experts or
-            does not fit the shard.
+            does not fit the shard or the processes.
         RuntimeError: ep_size > 1 without a shard, and torch.distributed has not been initialised.
     """
 
@@ -94,6 +94,8 @@ class Experts(nn.Module):
         between(0.0, 1.0, dropout=dropout, drop_path=drop_path)
         if shard is None and ep_size > 1:
             exchange, placement = TorchExchange(), contiguous(n_experts, ep_size)
+            if exchange.n_ranks != ep_size:
+                raise ValueError(f"ep_size={ep_size} must be the number of processes, {exchange.n_ranks}, where no shard says which of them")
             shard = ExpertShard(placement, exchange.rank, exchange)
         if shard is not None and (shard.placement.n_ranks, shard.placement.n_experts) != (ep_size, n_experts):
             raise ValueError(f"ep_size={ep_size} and n_experts={n_experts} must be those of the shard's placement: "

@@ -5,6 +5,7 @@ What is not an expert is needed by all: FSDP2 keeps one world-th of it on each r
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch import nn
@@ -30,8 +31,12 @@ class Topology:
     world_mesh: DeviceMesh
 
     @classmethod
-    def make(cls, ep_size: int, device_type: str = "cpu") -> "Topology":
+    def make(cls, ep_size: int, device_type: str = "cpu", *, timeout: float | None = None) -> "Topology":
         """Every rank calls it, after init_process_group.
+
+        Args:
+            ep_size: R. device_type: "cpu" or "cuda".
+            timeout: seconds after which a collective gives up; None leaves it as it is.
 
         Raises:
             ValueError: ep_size does not divide the number of processes.
@@ -43,8 +48,12 @@ class Topology:
         world = dist.get_world_size()
         if world % ep_size:
             raise ValueError(f"ep_size={ep_size} must divide the {world} processes")
-        return cls(init_device_mesh(device_type, (world // ep_size, ep_size), mesh_dim_names=("dp", "ep")),
+        made = cls(init_device_mesh(device_type, (world // ep_size, ep_size), mesh_dim_names=("dp", "ep")),
                    init_device_mesh(device_type, (world,), mesh_dim_names=("world",)))
+        if timeout is not None:
+            for group in {dist.group.WORLD, made.world_mesh.get_group(), made.mesh.get_group("dp"), made.mesh.get_group("ep")}:
+                group.set_timeout(timedelta(seconds=timeout))
+        return made
 
     @property
     def world_size(self) -> int:

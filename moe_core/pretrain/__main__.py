@@ -12,9 +12,9 @@ from .run import RankLost, init_process_group, pretrain
 def main() -> int:
     """Exit status 0; 1 with one line that says why."""
     config, resume = from_command_line()
-    store = init_process_group(config) if "RANK" in os.environ else None
+    heartbeat = init_process_group(config) if "RANK" in os.environ else None
     try:
-        pretrain(config, resume=resume, store=store)
+        pretrain(config, resume=resume, heartbeat=heartbeat)
         return 0
     except (RankLost, ValueError, FileExistsError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import time
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..parallel import checkpoint
+from ..parallel.heartbeat import Heartbeat
 from ..parallel.optimizer import local
 from .config import PretrainConfig
 from .trainer import Trainer
@@ -20,7 +20,7 @@ class RankLost(RuntimeError):
     """The other ranks cannot be reached any more; the message names those that are missing, the step and the last checkpoint."""
 
 
-def pretrain(config: PretrainConfig, *, resume: bool = False, store: dist.Store | None = None) -> Path:
+def pretrain(config: PretrainConfig, *, resume: bool = False, heartbeat: Heartbeat | None = None) -> Path:
     """Train, log and save. Under torch.distributed every rank calls it.
 
     Writes to ``config.out``: config.json, log.jsonl (one line a step: loss and aux_loss in nats per byte, lr, grad_norm, max_violation and
@@ -28,7 +28,7 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, store: dist.Store 
 
     Args:
         resume: go on from the last whole checkpoint; a new run where there is none.
-        store: that of the process group, by which ranks find out who is missing.
+        heartbeat: by which ranks find out who is missing; None where nobody asks.
 
     Returns:
         The last checkpoint.
@@ -46,9 +46,12 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, store: dist.Store 
         with _told_to_stop() as told, closing(_Log(out, trainer, resume)) as log:
             return _steps(trainer, log, out / "checkpoints", told)
     except RuntimeError as error:  # what a broken connection or a timeout raises
-        if store is None or not dist.is_initialized() or isinstance(error, checkpoint.BrokenCheckpoint):
+        if heartbeat is None or isinstance(error, checkpoint.BrokenCheckpoint):
             raise
-        raise _rank_lost(error, store, config, trainer.step if trainer else 0) from error
+        raise _rank_lost(error, heartbeat, config, trainer.step if trainer else 0) from error
+    finally:
+        if heartbeat is not None:
+            heartbeat.leave()
 
 
 def _steps(trainer: Trainer, log: "_Log", folder: Path, told: list) -> Path:
@@ -136,30 +139,25 @@ def _told_to_stop():
         signal.signal(signal.SIGTERM, before)
 
 
-def _rank_lost(error: RuntimeError, store: dist.Store, config: PretrainConfig, step: int) -> RankLost:
-    """Every rank that is still there says so; who did not after a few seconds is missing."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def _rank_lost(error: RuntimeError, heartbeat: Heartbeat, config: PretrainConfig, step: int) -> RankLost:
     last = sorted((Path(config.out) / "checkpoints").glob("step-*[0-9]"))
     where = f"the last checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
     try:
-        store.set(f"alive/{rank}", "1")
-        until = time.monotonic() + 3
-        missing = list(range(world))
-        while missing and time.monotonic() < until:
-            missing = [other for other in missing if not store.check([f"alive/{other}"])]
-            time.sleep(0.05)
-        who = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {world} gone or silent" if missing else "all ranks stopped"
+        missing = heartbeat.missing()
+        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {heartbeat.n_ranks}"
+        who = f"{ranks} gone or silent" if missing else "the connection to the other ranks broke"
     except RuntimeError:  # the store went with the rank that held it
-        who = f"another of the {world} ranks is gone"
-    return RankLost(f"rank {rank}: {who} in step {step} (timeout {config.timeout:g} s); {where}. Cause: {str(error).splitlines()[0]}")
+        who = f"another of the {heartbeat.n_ranks} ranks is gone"
+    return RankLost(f"rank {heartbeat.rank}: {who} in step {step} (timeout {config.timeout:g} s); {where}. "
+                    f"Cause: {str(error).splitlines()[0]}")
 
 
-def init_process_group(config: PretrainConfig) -> dist.Store:
-    """Join the processes that torchrun started; gloo on a CPU, NCCL on GPUs. Returns the store by which they met."""
-    timeout = timedelta(seconds=config.timeout)
+def init_process_group(config: PretrainConfig) -> Heartbeat:
+    """Join the processes that torchrun started; gloo on a CPU, NCCL on GPUs."""
+    timeout = timedelta(seconds=max(config.timeout, 120))  # to come together; Topology then sets the shorter one
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", store=dist.PrefixStore("pretrain", store), rank=rank,
                             world_size=world, timeout=timeout)
-    return store
+    return Heartbeat(store, rank, world)

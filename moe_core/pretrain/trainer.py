@@ -45,7 +45,7 @@ class Trainer:
         shards = None
         if dist.is_initialized():
             _same_everywhere(config)
-            self.topology = Topology.make(config.ep_size, self.device.type)
+            self.topology = Topology.make(config.ep_size, self.device.type, timeout=config.timeout)
             shards = [self.topology.shard(placement) for placement in placements(config)]
         elif config.ep_size > 1:
             raise ValueError(f"ep_size={config.ep_size} needs {config.ep_size} processes: torchrun --standalone --nproc-per-node "

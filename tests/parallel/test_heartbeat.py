@@ -1,0 +1,30 @@
+"""Who is missing: found by counting, without anybody having to fail."""
+
+import pytest
+from torch.distributed import TCPStore
+
+from moe_core.parallel.heartbeat import Heartbeat
+
+
+@pytest.fixture
+def store(monkeypatch):
+    monkeypatch.setattr(Heartbeat, "EVERY", 0.05)
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def test_a_rank_that_stops_is_missing_and_one_that_left_is_not(store):
+    first, second, third = (Heartbeat(store, rank, 3) for rank in range(3))
+    assert first.missing() == []
+    second._done.set()  # as if its process had been killed: it says nothing more
+    second._thread.join()
+    assert first.missing() == third.missing() == [1]
+    third.leave()
+    third._thread.join()
+    assert first.missing() == [1]
+    first.leave()
+
+
+def test_a_rank_that_never_came_is_missing(store):
+    first = Heartbeat(store, 0, 2)
+    assert first.missing() == [1]
+    first.leave()

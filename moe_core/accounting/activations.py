@@ -79,12 +79,11 @@ def _layer(layer: LayerSpec, D: int, b: float, again: bool) -> dict[str, float]:
 
 def _moe(moe: MoESpec, D: int, b: float, again: bool) -> dict[str, float]:
     k, width, everyone = moe.experts_per_token, moe.expert_width(D), moe.n_experts + moe.n_zero_experts
-    latent = b * D if moe.latent_dim else 0  # the input of the matrix that leads in, and out of the way again
+    also_read = (moe.n_shared_experts or moe.latent_dim) and b != FLOAT32  # in float32 that is the tensor the router keeps
     return {
         # its input in float32, a score for every expert, a weight and an index for every slot
-        "router": FLOAT32 * (D + everyone + moe.top_k) + INT64 * moe.top_k,
-        # rows in, hidden values, rows out (whose product with the gradient is the gradient of the weights)
-        "experts": k * b * (2 * width + _mlp(moe.d_ff, moe.glu, again)) + latent,
-        # in float32 its input is the router's
-        "shared": b * ((D if b != FLOAT32 else 0) + _mlp(moe.shared_width, moe.glu, again)) if moe.n_shared_experts else 0.0,
+        "router": FLOAT32 * (D + everyone + moe.top_k) + INT64 * moe.top_k + (b * D if also_read else 0),
+        # rows in, hidden values, rows out (whose product with the gradient is the gradient of the weights); what leads out of a latent
+        "experts": k * b * (2 * width + _mlp(moe.d_ff, moe.glu, again)) + (b * width if moe.latent_dim else 0),
+        "shared": b * _mlp(moe.shared_width, moe.glu, again) if moe.n_shared_experts else 0.0,
     }

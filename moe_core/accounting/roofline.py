@@ -38,8 +38,8 @@ class Accelerator:
         return self.peak_flops / self.memory_bandwidth
 
 
-# Makers' data sheets (as collected in github.com/stas00/ml-engineering, compute/accelerator), SXM boards. NVLink: 600, 900, 900, 1800 GB/s in both directions together. Network: one InfiniBand port for
-# each GPU, HDR at 200 Gb/s beside an A100, NDR at 400 Gb/s beside the others.
+# NVIDIA's data sheets for SXM boards; of a B200, an eighth of what is stated for a DGX B200. NVLink: 600, 900, 900 and 1800 GB/s in
+# both directions together. Network: one InfiniBand port for each GPU, HDR (200 Gb/s) beside an A100, NDR (400 Gb/s) beside the others.
 ACCELERATORS = {
     "a100": Accelerator("A100 80 GB", 312e12, 2.04e12, 80e9, 300e9, 25e9),
     "h100": Accelerator("H100", 989e12, 3.35e12, 80e9, 450e9, 50e9),

@@ -123,8 +123,10 @@ def test_expert_parallelism_divides_the_experts_and_sharding_divides_by_their_ho
     assert state_memory(spec, n_ranks=128, ep=64).weights == 2 * (experts / 64 + rest)  # a second copy of everything
     sharded = state_memory(spec, n_ranks=128, ep=64, sharded="optimizer")
     # two ranks hold the same experts, all hold the rest
-    assert sharded.optimizer == 12 * (experts / 64 / 2 + rest / 128) and sharded.weights == 2 * (experts / 64 + rest)
+    assert sharded.optimizer == 12 * (experts / 64 / 2 + rest / 128)
+    assert sharded.weights == sharded.gradients == 2 * (experts / 64 + rest)
     assert state_memory(spec, n_ranks=128, ep=64, sharded="gradients").gradients == 2 * spec.total_params / 128
+    assert state_memory(spec, n_ranks=128, ep=64, sharded="gradients").weights == sharded.weights
     for ep in (1, 8, 128):  # whoever holds what, all ranks together hold each number once
         assert 128 * state_memory(spec, n_ranks=128, ep=ep, sharded="weights").total == pytest.approx(16 * spec.total_params, rel=1e-12)
 

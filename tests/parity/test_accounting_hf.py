@@ -158,8 +158,8 @@ def drawn(model_type: str, config):
 @pytest.mark.parametrize("model_type, changes", [
     ("mixtral", LOCAL), ("olmoe", {**QWEN, "head_dim": 12}), ("qwen2_moe", QWEN), ("qwen2_moe", {**QWEN, "decoder_sparse_step": 3}),
     ("qwen3_moe", QWEN), ("granitemoe", {**LOCAL, "head_dim": 12}), ("gpt_oss", LOCAL), ("deepseek_v2", DEEPSEEK),
-    ("deepseek_v3", {**DEEPSEEK, "head_dim": 8}), ("glm4_moe_lite", DEEPSEEK), ("glm4_moe", ROUTED), ("ernie4_5_moe", MODELLED["ernie4_5_moe"][3][0]),
-    ("phimoe", {**LOCAL, "num_experts_per_tok": 2}),
+    ("deepseek_v3", {**DEEPSEEK, "head_dim": 8}), ("glm4_moe_lite", DEEPSEEK), ("glm4_moe", ROUTED),
+    ("ernie4_5_moe", MODELLED["ernie4_5_moe"][3][0]), ("phimoe", {**LOCAL, "num_experts_per_tok": 2}),
 ], ids=str)
 def test_forward_flops_are_those_of_the_model_that_transformers_runs(model_type, changes):
     config = hf_config(model_type, {**SMALL, **changes})

@@ -61,7 +61,7 @@ class PretrainConfig:
         whole(1, steps=self.steps, batch_size=self.batch_size, seq_len=self.seq_len, ep_size=self.ep_size, save_every=self.save_every)
         whole(0, seed=self.seed, micro_batch_size=self.micro_batch_size, eval_every=self.eval_every, threads=self.threads,
               replicas=self.replicas)
-        at_least(0, lr=self.lr, weight_decay=self.weight_decay)
+        at_least(0, lr=self.lr, weight_decay=self.weight_decay, timeout=self.timeout)
         for name in ("max_grad_norm", "timeout"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be more than 0")

@@ -53,7 +53,7 @@ class ModelSpec:
     .. math:: A_{all} = \text{total} - \text{routed}\,(1 - k/E), \quad A_{head} = A_{all} - \text{input embedding (if untied)}, \quad
         A_{nonemb} = A_{all} - \text{embedding and head}
 
-    ``active_params`` is A_all: of the three the one that most of the published models were announced with.
+    ``active_params`` is A_all: it needs no say about embeddings, and of the three it is the one that announced figures match most often.
 
     Attributes:
         d_model, vocab_size: D and V.

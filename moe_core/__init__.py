@@ -18,7 +18,8 @@ from .routers import (
     QuantileBalancingRouter, ReLURouter, Router, SinkhornRouter, SwitchRouter, TopKRouter, ZeroComputationRouter,
 )
 from .routing import DropReason, Routing
-from .routing_log import RoutingLog, StepCosts
+from .routing_log import RoutingLog
+from .routing_records import StepCosts
 from .soft_moe import SoftMoE
 from .upcycling import upcycle
 from .zero_computation import ZeroComputationExperts

@@ -1,16 +1,18 @@
 """Diagnosis: from a ``RoutingLog`` to what is wrong with a run, how one can tell, and what to do about it.
 
     finding   Finding · Findings · Severity          what a diagnosis says
-    load      who gets how many tokens               collapse · starvation · load imbalance · oscillating bias · drop storm · threshold cold start
+    load      who gets how many tokens               collapse · starvation · load imbalance · drop storm
+    state     what it learns outside the gradient    oscillating bias · threshold cold start
     router    what the router computes               logit drift · bf16 router · over-strong balance loss
-    run       what stands around it                  padding counted · dead shared gate · train-eval gap · straggler rank · slow all-to-all · memory pressure
+    run       what stands around it                  padding counted · dead shared gate · train-eval gap · straggler rank ·
+                                                     slow all-to-all · memory pressure
 
 Each rule is a function of a log; its threshold is a constant beside it. A rule returns the findings, none where all is well, and None where
 the log holds nothing to ask. Rules look at the later half of the log, where a run has settled, unless they say otherwise.
 """
 
 from ..routing_log import RoutingLog
-from . import load, router, run
+from . import load, router, run, state
 from .finding import Finding, Findings, Severity
 
 # Name -> the rule, and what the log must hold for it. The order is that of equally severe findings.
@@ -18,9 +20,9 @@ ILLNESSES = {
     "collapse": (load.collapse, "a logged step"),
     "starvation": (load.starvation, "a logged step"),
     "load imbalance": (load.imbalance, "a logged step"),
-    "oscillating bias": (load.oscillating_bias, "a router with a bias, and two steps running"),
+    "oscillating bias": (state.oscillating_bias, "a router with a bias, and two steps running"),
     "drop storm": (load.drop_storm, "a capacity"),
-    "threshold cold start": (load.threshold_cold_start, "a router with thresholds"),
+    "threshold cold start": (state.threshold_cold_start, "a router with thresholds"),
     "logit drift": (router.logit_drift, "four logged steps"),
     "bf16 router": (router.bf16_router, "a router with logits of its own"),
     "over-strong balance loss": (router.over_strong_balance_loss, "a balance loss"),

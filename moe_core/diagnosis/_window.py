@@ -1,6 +1,7 @@
 """Which part of a log a rule looks at."""
 
-from ..routing_log import LayerRecord, RoutingLog, StepRecord
+from ..routing_log import RoutingLog
+from ..routing_records import LayerRecord, StepRecord
 
 
 def late(records: list[StepRecord]) -> list[StepRecord]:

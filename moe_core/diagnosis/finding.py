@@ -62,8 +62,7 @@ class Findings(list):
             alike.setdefault((finding.name, finding.severity, finding.remedy), []).append(finding)
         lines = [f"{count} in {self.examined}.", *map(_report, alike.values())]
         if self.unasked:
-            asked = ", ".join(f"{name} (needs {needs})" for name, needs in self.unasked.items())
-            lines += textwrap.wrap(f"Not asked: {asked}.", _WIDTH, subsequent_indent="  ")
+            lines += textwrap.wrap(f"The log cannot tell: {', '.join(self.unasked)}.", _WIDTH, subsequent_indent="  ")
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -6,6 +6,7 @@ from statistics import fmean
 from ..routing_log import RoutingLog
 from ._window import late, late_by_layer, steps
 from .finding import Finding, Severity
+from .load import BALANCE_LOSSES
 
 LARGE_LOGIT = 8.0  # from here on neighbours in bfloat16 are 1/16 apart: rounding changes e^h by up to 3 %
 DRIFT = 2.0  # times what it was at first
@@ -13,7 +14,6 @@ BF16_SHARE = 0.99  # of the values that bfloat16 holds exactly; float32 results 
 FLIPS = 0.01  # of the tokens
 STRONG_BALANCE = 0.2  # weighted balance loss of a layer; at balance that is its coefficient: ten times the usual 0.02
 UNDECIDED = 0.95  # of ln E
-BALANCE_LOSSES = "load_balance", "sequence_balance"  # those that are worth their coefficient at perfect balance
 
 
 def logit_drift(log: RoutingLog) -> list[Finding] | None:
@@ -54,8 +54,8 @@ def bf16_router(log: RoutingLog) -> list[Finding] | None:
         if held >= BF16_SHARE or evidence.get("route_flips", 0) >= FLIPS:
             found.append(Finding(
                 "bf16 router", index, evidence | {"steps": steps(late(log.training))}, Severity.WARNING,
-                "Compute logits, scores and weights in float32 at least, with autocast off around them: the router is a thousandth of the work.",
-                "Fedus et al. 2021, section 2.4 (selective precision); sglang #33764: 5.27 % of the tokens took other experts. "
+                "Compute logits, scores and weights in float32 at least, with autocast off around them: it is little work.",
+                "Fedus et al. 2021 (selective precision); sglang #33764: 5.27 % of the tokens took other experts. "
                 "The thresholds are ours",
             ))
     return found if asked else None

@@ -2,12 +2,13 @@
 
 from statistics import fmean
 
-from ..routing_log import RoutingLog, StepRecord
+from ..routing_log import RoutingLog
+from ..routing_records import StepRecord
 from ._window import late, late_by_layer, steps
 from .finding import Finding, Severity
 
 CLOSED_GATE = 0.05  # mean of a sigmoid; its slope there is a fifth of that at 1/2
-GAP = 0.05  # nats per token: as much as papers claim for a better router
+GAP = 0.05  # nats per token; the gain of expert threshold over token choice, say, is 0.067 (arXiv 2603.11535, table 2)
 STRAGGLER = 1.5  # times the mean of the ranks: the others wait a third of the time
 ALL_TO_ALL = 0.30  # of the step
 MEMORY = 0.90  # of the device
@@ -61,17 +62,22 @@ def train_eval_gap(log: RoutingLog) -> list[Finding] | None:
     if gap < GAP:
         return []
     dropped, experts = (_dropped(before), _dropped(after)), (_experts_per_token(before), _experts_per_token(after))
+    crowding = _crowding(before), _crowding(after)
     if dropped[1] - dropped[0] > 0.05:
         remedy = "Eval drops more than training: give it room, CapacityRule(eval_factor=2.0) or None."
     elif abs(experts[1] / max(experts[0], 1e-12) - 1) > 0.1:
         remedy = ("Tokens get another number of experts in eval: calibrate the thresholds, call router.update once per step, evaluate with "
                   "batches like those of training.")
+    elif crowding[1] > 1.2 * crowding[0]:
+        remedy = ("The load tips in eval: this router balances in training only (BASE, Sinkhorn, noise). Train the last steps with its "
+                  "eval routing, or take a router that routes alike in both.")
     else:
         remedy = "Look for noise or dropout left on in eval, and ask moe_core.probe.probe what a token's output depends on."
     return [Finding(
         "train-eval gap", None,
         {"gap": gap, "training_loss": fmean(step.loss for step in before), "eval_loss": fmean(step.loss for step in after),
-         "dropped": list(dropped), "experts_per_token": list(experts), "steps": steps(after)},
+         "dropped": list(dropped), "experts_per_token": list(experts), "busiest_over_mean": list(crowding),
+         "steps": steps(after)},
         Severity.WARNING, remedy,
         "Sun et al. 2026 (arXiv 2603.11535), figure 7 (expert choice of small batches diverges in eval); the threshold is ours",
     )]
@@ -144,3 +150,9 @@ def _dropped(records: list[StepRecord]) -> float:
 def _experts_per_token(records: list[StepRecord]) -> float:
     return sum(sum(layer.kept) for step in records for layer in step.layers) / max(
         sum(layer.tokens for step in records for layer in step.layers), 1)
+
+
+def _crowding(records: list[StepRecord]) -> float:
+    """The busiest expert's load over the mean load, averaged over layers."""
+    loads = [[sum(counts) for counts in zip(*(step.layers[index].asked for step in records))] for index in range(len(records[0].layers))]
+    return fmean(max(load) * len(load) / max(sum(load), 1) for load in loads)

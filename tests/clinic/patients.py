@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from moe_core import CapacityRule, TopKRouter, metrics
 from moe_core.corpus import VOCAB_SIZE
-from moe_core.routing_log import RoutingLog, StepCosts
+from moe_core.routing_log import RoutingLog
+from moe_core.routing_records import StepCosts
 
 from .ward import LENGTH, STEPS, TRUNK, layers, newborn, patient, text, train
 

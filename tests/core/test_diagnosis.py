@@ -9,7 +9,8 @@ import pytest
 import moe_core
 from moe_core import metrics
 from moe_core.diagnosis import ILLNESSES, Finding, Findings, Severity, diagnose
-from moe_core.routing_log import LayerRecord, RoutingLog, StepCosts, StepRecord
+from moe_core.routing_log import RoutingLog
+from moe_core.routing_records import LayerRecord, StepCosts, StepRecord
 
 WELL = LayerRecord(
     asked=[250] * 8, kept=[250] * 8, tokens=1000, padding_slots=0, entropy=1.5, logsumexp=2.5, largest_logit=2.0, largest_score=0.4,
@@ -49,7 +50,7 @@ def swings(amplitude: float, opposite: int, same: int, before: float = 0.0) -> R
 
 
 def dropped(kept: int, capacity: int) -> RoutingLog:
-    return history(well(asked=[1000] + [0] * 7, kept=[kept] + [0] * 7, tokens=1000, aim=[0.125] * 8, capacity=capacity, thresholds=[0.0] * 8))
+    return history(well(asked=[1000] + [0] * 7, kept=[kept] + [0] * 7, aim=[0.125] * 8, capacity=capacity, thresholds=[0.0] * 8))
 
 
 def lets_in(*shares: float) -> RoutingLog:
@@ -95,9 +96,11 @@ CASES = {
                         {"share_of_slots": 1 / 8000, "padding_share": 0.0, "steps": [10, 40]}),
     "dead shared gate": (history(well(shared_gate=0.05)), history(well(shared_gate=0.049)), {"mean_gate": 0.049}),
     "train-eval gap": (history(WELL, eval_loss=2.049), history(WELL, eval_loss=2.051, evaluated=well(kept=[125] * 8)),
-                       {"gap": 0.051, "training_loss": 2.0, "eval_loss": 2.051, "dropped": [0.0, 0.5], "experts_per_token": [2.0, 1.0]}),
+                       {"gap": 0.051, "training_loss": 2.0, "eval_loss": 2.051, "dropped": [0.0, 0.5], "experts_per_token": [2.0, 1.0],
+                        "busiest_over_mean": [1.0, 1.0]}),
     "straggler rank": (ranks(1.8), ranks(1.81),  # 1.8 of a mean of 1.2
-                       {"rank": 3, "seconds_over_mean": 1.81 / 1.2025, "waiting_share": 1 - 1.2025 / 1.81, "rows_over_mean": 1.0, "slowest_in": 1.0}),
+                       {"rank": 3, "seconds_over_mean": 1.81 / 1.2025, "waiting_share": 1 - 1.2025 / 1.81, "rows_over_mean": 1.0,
+                        "slowest_in": 1.0}),
     "slow all-to-all": (history(WELL, costs=replace(COSTS, all_to_all_seconds=0.3)),
                         history(WELL, costs=replace(COSTS, all_to_all_seconds=0.301)), {"share_of_step": 0.301}),
     "memory pressure": (history(WELL, costs=replace(COSTS, memory_share=0.9)), history(WELL, costs=replace(COSTS, memory_share=0.901)),
@@ -203,9 +206,11 @@ def test_the_remedy_for_drops_depends_on_whether_there_was_room_for_the_mean_loa
 
 def test_thresholds_may_be_cold_in_evaluation_alone():
     log = lets_in(0.25, 0.25)
-    log.evaluation = [StepRecord(step, [well(asked=[0] * 8, kept=[0] * 8, thresholds=[9.0] * 8)]) for step in (30, 40)]
+    log.evaluation = [StepRecord(step, [well(asked=[0] * 8, kept=[0] * 8, thresholds=[9.0] * 8)]) for step in (10, 20, 30, 40)]
     (finding,) = diagnose(log)
     assert finding.evidence["in"] == "evaluation" and finding.evidence["cold_experts"] == list(range(8))
+    log.evaluation[2:] = log.training[2:]
+    assert diagnose(log) == []  # it is warm by the end
 
 
 def test_a_router_with_thresholds_is_not_told_to_take_a_balance_loss():
@@ -236,7 +241,18 @@ def test_a_gap_is_explained_by_what_differs():
     remedy = lambda **changes: named(history(WELL, eval_loss=3.0, evaluated=well(**changes)), "train-eval gap")[0].remedy  # noqa: E731
     assert "Eval drops more" in remedy(kept=[200] * 8)
     assert "another number of experts" in remedy(asked=[300] * 8, kept=[300] * 8)
+    assert "balances in training only" in remedy(asked=[500] * 4 + [0] * 4, kept=[500] * 4 + [0] * 4)
     assert "noise" in remedy()
+
+
+@pytest.mark.parametrize("changes, remedy", [
+    (dict(), "Raise the balance coefficient"), (dict(losses={}), "Add a balance loss"),
+    (dict(losses={}, bias=[0.1, -0.1] * 4), "Raise bias_update_rate"),
+])
+def test_the_remedy_for_uneven_loads_depends_on_what_the_router_has(changes, remedy):
+    asked = [1000, 1000] + [0] * 6
+    findings = diagnose(history(well(asked=asked, kept=asked, **changes)))
+    assert findings.names == ["collapse", "starvation"] and all(remedy in finding.remedy for finding in findings)
 
 
 def test_a_rank_is_a_straggler_only_if_it_is_slow_most_of_the_time():
@@ -276,7 +292,8 @@ def test_what_the_log_cannot_show_is_not_asked_and_said_so():
         step.padding_share = None
     findings = diagnose(log)
     assert findings == [] and set(findings.unasked) == set(ILLNESSES) - {"collapse", "starvation", "load imbalance"}
-    assert "Nothing found in 2 logged steps" in str(findings) and "padding counted (needs padding_mask)" in str(findings)
+    assert "Nothing found in 2 logged steps" in str(findings) and "The log cannot tell: oscillating bias, drop storm" in str(findings)
+    assert findings.unasked["padding counted"] == "padding_mask"
 
 
 def test_the_worst_comes_first():

@@ -82,7 +82,7 @@ class Network:
                 + max(_slowest(_no_diagonal(place), self.inter_latency, self.inter_bandwidth) for place in between))
 
     def node_limited(self, routings: Sequence[Routing], placement: Placement, row_bytes: float) -> tuple[float, float]:
-        """Seconds, and the inter-node bytes of the busiest rank, when a token crosses to a node once, however many of its experts live there.
+        """Seconds, and inter-node bytes of the busiest rank, when a token crosses to a node once, however many of its experts live there.
 
         One copy goes to the rank of the same place on the other node, which hands it on inside the node; one pass after the other.
 

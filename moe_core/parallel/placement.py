@@ -91,7 +91,8 @@ def by_load(load: Sequence[float], n_ranks: int, *, replicas: int = 0) -> Placem
         replicas: places for additional copies. Each goes to the expert with the most load per copy; its rows are shared out evenly.
 
     Raises:
-        ValueError: a load is negative or not finite, R does not divide E + replicas, or there would be more copies of every expert than ranks.
+        ValueError: a load is negative or not finite, R does not divide E + replicas, or there would be more copies of every expert than
+            ranks.
 
     Source: greedy longest-processing-time scheduling (Graham 1969), with equally many places on each rank.
     """

@@ -1,4 +1,4 @@
-"""The command line: ``python -m moe_core.bench routers`` and ``python -m moe_core.bench layer``."""
+"""The command line: ``python -m moe_core.bench routers``, ``layer`` and ``parallel``."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..experts import BACKENDS
-from . import _layer_table, layer, routers
+from . import _layer_table, _parallel_table, layer, parallel, routers
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,9 +18,10 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     _router_arguments(commands.add_parser("routers", help="every router on the same text, model and budget"))
     _layer_arguments(commands.add_parser("layer", help="one layer, forward and backward, against other libraries and a dense MLP"))
+    _parallel_arguments(commands.add_parser("parallel", help="one layer over several processes: the all-to-all, scaling, the cost model"))
     asked = parser.parse_args(arguments)
     try:
-        record, text = {"routers": _routers, "layer": _layer}[asked.command](asked)
+        record, text = {"routers": _routers, "layer": _layer, "parallel": _parallel}[asked.command](asked)
     except ValueError as error:
         parser.error(str(error))
     asked.out.write_text(json.dumps(record, indent=1) + "\n")
@@ -61,6 +62,21 @@ def _layer(asked: argparse.Namespace) -> tuple[dict, str]:
     record = layer.bench(shapes, backends=asked.backends, seeds=asked.seeds, rounds=asked.rounds, device=asked.device,
                          dtype=getattr(torch, asked.dtype), scaling=not asked.no_growth, progress=_say)
     return record, _layer_table.report(record)
+
+
+def _parallel_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--shape", type=int, nargs=5, action="append", metavar=("T", "D", "F", "E", "K"),
+                         help="instead of the usual ones; may be repeated")
+    command.add_argument("--ranks", type=int, default=2, help="processes, each with one thread")
+    command.add_argument("--seeds", type=int, nargs="+", default=list(parallel.SEEDS), help="one repetition each")
+    command.add_argument("--rounds", type=int, default=7, help="measurements of each contestant in a repetition")
+    command.add_argument("--out", type=Path, default=Path("parallel_bench.json"), help="where to write the numbers")
+
+
+def _parallel(asked: argparse.Namespace) -> tuple[dict, str]:
+    shapes = [layer.Shape(*sizes) for sizes in asked.shape or ()] or None
+    record = parallel.bench(shapes, n_ranks=asked.ranks, seeds=asked.seeds, rounds=asked.rounds, progress=_say)
+    return record, _parallel_table.report(record)
 
 
 def _say(line: str) -> None:

@@ -242,7 +242,7 @@ const MoeExplorer = (() => {
     });
   }
 
-  /* ---- the figure as a table: one row a point (or a bar, or a cell of a heatmap) ---- */
+  /* ---- the figure as a table: one row a point (or a bar, a cell of a heatmap, a tile of a treemap) ---- */
   const plain = (text) => String(text ?? "").replace(/<[^>]*>/g, "").trim();
 
   function fillTable(host, { data, layout, text }) {
@@ -261,7 +261,7 @@ const MoeExplorer = (() => {
     const axis = (trace, which) => layout[which + "axis" + (trace[which + "axis"] ?? "").slice(1)] ?? {};
     const heading = (trace, which, other) => plain(axis(trace, which).title?.text ?? axis(trace, which).title) || other;
     const first = data[0] ?? {};
-    const named = data.some((trace) => trace.name), extra = data.some((trace) => trace.customdata || trace.z);
+    const named = data.some((trace) => trace.name), extra = data.some((trace) => trace.customdata || trace.z || trace.values);
     const head = [...(named ? ["series"] : []), heading(first, "x", "x"), heading(first, "y", "y"), ...(extra ? [plain(first.meta) || "value"] : [])];
     const rows = [];
     for (const trace of data) {
@@ -274,6 +274,7 @@ const MoeExplorer = (() => {
       const row = (x, y, value) => rows.push([...(named ? [plain(trace.name)] : []), label("x", x), label("y", y), ...(extra ? [value ?? ""] : [])]);
       const n = Math.max(trace.x?.length ?? 0, trace.y?.length ?? 0);
       if (trace.z) trace.z.forEach((line, j) => line.forEach((z, i) => row(trace.x?.[i] ?? i, trace.y?.[j] ?? j, z)));
+      else if (trace.values) trace.values.forEach((value, i) => row(trace.parents[i], trace.labels[i], value));
       else for (let i = 0; i < n; i++) if (trace.y?.[i] !== null) row(trace.x?.[i] ?? i, trace.y?.[i] ?? i, trace.customdata?.[i]);
     }
     return [head, rows];

@@ -98,6 +98,12 @@ def test_a_token_crosses_to_a_node_once_by_hand():
     assert SMALL.node_limited(three_to_one, placement, row_bytes=8) == (2.0 + 24.0 + 0.5 + 6.0, 24)
 
 
+def test_a_token_crosses_to_the_rank_of_its_own_place_by_hand():
+    # Ranks 0 and 1 have a token each for expert 2: 0 -> 2 and 1 -> 3 side by side, then 3 -> 2 inside.
+    routings = [routing_of([[[2]]], 4)] * 2 + [routing_of(torch.zeros(0, 1, 1, dtype=torch.int64), 4)] * 2
+    assert SMALL.node_limited(routings, contiguous(4, 4), row_bytes=8) == ((2.0 + 8.0) + (0.5 + 2.0), 8)
+
+
 def test_the_busiest_rank_may_be_the_one_that_receives():
     """Every rank of nodes 1 and 2 has one token for node 0: each sends one row, but rank 0 gets two."""
     network = Network(1, inter_bandwidth=1.0)

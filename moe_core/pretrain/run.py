@@ -9,11 +9,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from .. import metrics
 from ..parallel import checkpoint
 from ..parallel.heartbeat import Heartbeat
 from ..parallel.optimizer import local
+from ..routing_log import RoutingLog
 from .config import PretrainConfig
 from .trainer import Trainer
+
+
+ENOUGH = 5  # logged steps, one in twenty: fewer say more about the start than about the run
 
 
 class RankLost(RuntimeError):
@@ -24,7 +29,8 @@ def pretrain(config: PretrainConfig, *, resume: bool = False, heartbeat: Heartbe
     """Train, log and save. Under torch.distributed every rank calls it.
 
     Writes to ``config.out``: config.json, log.jsonl (one line a step: loss and aux_loss in nats per byte, lr, grad_norm, max_violation and
-    drop_rate by layer, tokens, seconds; valid_loss where it was measured) and checkpoints/.
+    drop_rate by layer, tokens, seconds; valid_loss where it was measured), checkpoints/, and after a hundred steps routing_log.json,
+    from which it says at the end what looks ill (``metrics.diagnose``).
 
     Args:
         resume: go on from the last whole checkpoint; a new run where there is none.
@@ -68,6 +74,7 @@ def _steps(trainer: Trainer, log: "_Log", folder: Path, told: list) -> Path:
         if stop and not last:
             log.say(f"stopped after step {trainer.step} as asked; --resume goes on from {saved}")
             break
+    log.diagnose(trainer.routing_log)
     return saved or checkpoint.newest(folder)
 
 
@@ -75,7 +82,7 @@ class _Log:
     """config.json, log.jsonl and the progress bar, all of rank 0; and the place where a run is resumed."""
 
     def __init__(self, out: Path, trainer: Trainer, resume: bool):
-        config, folder = trainer.config, out / "checkpoints"
+        self.out, config, folder = out, trainer.config, out / "checkpoints"
         self.file = self.bar = None
         found = trainer.any_rank(trainer.rank == 0 and (out / "log.jsonl").exists())
         if found and not resume:
@@ -109,6 +116,12 @@ class _Log:
     def say(self, text: str) -> None:
         if self.bar is not None:
             self.bar.write(text)
+
+    def diagnose(self, routing_log: RoutingLog) -> None:
+        """Say what looks ill, once enough was logged since the start to tell; keep what that rests on."""
+        if self.file is not None and len(routing_log.training) >= ENOUGH:
+            (self.out / "routing_log.json").write_text(json.dumps(routing_log.to_dict()) + "\n")
+            self.say(str(metrics.diagnose(routing_log)))
 
     def close(self) -> None:
         if self.file is not None:

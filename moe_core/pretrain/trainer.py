@@ -18,6 +18,7 @@ from ..parallel import Placement, by_load, contiguous, round_robin
 from ..parallel.optimizer import adamw, clip_gradients, finish_expert_gradients
 from ..parallel.topology import Topology, shard_replicated
 from ..routing import Routing
+from ..routing_log import RoutingLog
 from .config import PretrainConfig
 
 EVAL_BATCHES = 8
@@ -30,7 +31,7 @@ class Trainer:
         config: the run. The process group, if there is to be one, exists already.
 
     Attributes:
-        model, optimizer: this rank's part. step: optimiser steps done.
+        model, optimizer: this rank's part. step: optimiser steps done. routing_log: of this rank's first micro-batches.
         topology: None in one process.
 
     Raises:
@@ -57,6 +58,7 @@ class Trainer:
             shard_replicated(self.model, self.topology)
         self.optimizer = adamw(self.model, lr=config.lr, weight_decay=config.weight_decay)
         self.routers = [block.feed_forward.router for block in self.model.blocks]
+        self.routing_log = RoutingLog(self.model)
 
     def train_step(self) -> dict:
         """One optimiser step; returns what is logged of it, the same numbers on every rank."""
@@ -77,6 +79,7 @@ class Trainer:
         for router, layer in zip(self.routers, zip(*routings)):
             router.update(layer)
         loss, aux_loss = mean_over_ranks(means).tolist()
+        self.routing_log.add(self.step, routings[0], loss=loss)
         return {"step": self.step, "loss": loss, "aux_loss": aux_loss, "lr": lr, "grad_norm": float(norm), **self._balance(routings),
                 "tokens": config.batch_size * config.seq_len, "seconds": time.perf_counter() - started}
 

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
+from moe_core import metrics
 from moe_core.parallel import checkpoint
+from moe_core.routing_log import RoutingLog
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--d-model", "32", "--d-ff", "32", "--n-heads", "2", "--n-experts", "4", "--seq-len", "32", "--batch-size", "8", "--save-every", "5"]
@@ -98,6 +100,14 @@ def test_one_process_trains_and_logs_and_saves(tmp_path):
     assert saved == [f"step-{step:08d}" for step in (5, 10, 15, 20)]
     assert json.loads((tmp_path / "first" / "config.json").read_text())["steps"] == 20
     assert "20/20" in done.stderr  # the progress bar
+
+
+def test_after_a_hundred_steps_the_run_says_what_looks_ill_and_keeps_what_that_rests_on(tmp_path):
+    done = run(ALONE, tmp_path / "ill", "--steps", "100", "--eval-every", "0", "--save-every", "100", "--aux-loss-weight", "0", "--lr", "0.02")
+    assert done.returncode == 0, done.stderr
+    routing_log = RoutingLog.from_dict(json.loads((tmp_path / "ill" / "routing_log.json").read_text()))
+    assert [step.step for step in routing_log.training] == [20, 40, 60, 80, 100]
+    assert str(metrics.diagnose(routing_log)) in done.stdout and "5 logged steps (20 to 100), 2 MoE layers" in done.stdout
 
 
 def test_torchrun_with_two_ranks_gives_the_same_losses_and_resumes_in_one_process(tmp_path):

@@ -107,6 +107,7 @@ class _Log:
                  f"{parameters:,} parameters on this rank" + (f", resumed from {last}" if last else ""))
 
     def write(self, record: dict) -> None:
+        """A step's line and the bar's next tick."""
         if self.file is not None:
             self.file.write(json.dumps({name: _short(value) for name, value in record.items()}) + "\n")
             shown = {name: f"{record[name]:.3f}" for name in ("loss", "valid_loss") if name in record}
@@ -114,6 +115,7 @@ class _Log:
             self.bar.set_postfix(shown | {"MaxVio": f"{max(record['max_violation']):.2f}"}, refresh=False)
 
     def say(self, text: str) -> None:
+        """A line of text above the bar."""
         if self.bar is not None:
             self.bar.write(text)
 
@@ -124,6 +126,7 @@ class _Log:
             self.say(str(metrics.diagnose(routing_log)))
 
     def close(self) -> None:
+        """End the file and the bar."""
         if self.file is not None:
             self.file.close()
             self.bar.close()

@@ -14,6 +14,6 @@ from .triangle import simplex
 from .walk import token_walk
 
 __all__ = [
-    "curves", "expert_blocks", "link_bytes", "load_bars", "load_over_time", "parameter_treemap", "ranked_load", "roofline", "routing_map", "score_bars",
-    "score_histogram", "simplex", "text_in_color", "token_walk",
+    "curves", "expert_blocks", "link_bytes", "load_bars", "load_over_time", "parameter_treemap", "ranked_load", "roofline", "routing_map",
+    "score_bars", "score_histogram", "simplex", "text_in_color", "token_walk",
 ]

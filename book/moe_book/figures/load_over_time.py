@@ -21,14 +21,16 @@ def load_over_time(load_SE, steps=None, *, x_title: str = "optimiser step", heig
         height: pixels; by default grows with E.
 
     Raises:
-        ValueError: shapes differ, there are fewer than 2 steps or experts, steps do not increase, a load is negative, or a step has no load.
+        ValueError: shapes differ, there are fewer than 2 steps or experts, steps do not increase, a load is negative, or a step
+            has none.
     """
     load_SE = array(load_SE, 2, "load_SE")
     S, E = load_SE.shape
     step_S = np.arange(S) if steps is None else array(steps, 1, "steps")
     total_S = load_SE.sum(1)
     if min(S, E) < 2 or len(step_S) != S or (np.diff(step_S) <= 0).any():
-        raise ValueError(f"load_SE of shape {(S, E)} must have at least 2 steps and 2 experts, and as many increasing steps as steps has: {len(step_S)}")
+        raise ValueError(f"load_SE of shape {(S, E)} must have at least 2 steps and 2 experts, and as many increasing steps as steps has: "
+                         f"{len(step_S)}")
     if (load_SE < 0).any() or not (total_S > 0).all():
         raise ValueError("load_SE must hold no negative load, and every step must have some")
     multiple_SE = load_SE / total_S[:, None] * E
@@ -37,8 +39,8 @@ def load_over_time(load_SE, steps=None, *, x_title: str = "optimiser step", heig
     most, scale = _scale(E)
     key, layout, domain = _key(most, scale, height - margin["t"] - margin["b"])
     edges = np.concatenate([[1.5 * step_S[0] - step_S[1] / 2], (step_S[1:] + step_S[:-1]) / 2, [1.5 * step_S[-1] - step_S[-2] / 2]])
-    cells = go.Heatmap(x=step_S.tolist(), y=list(range(E)), z=multiple_SE.T.round(2).tolist(), zmin=0, zmax=most, colorscale=scale, showscale=False,
-                       meta="load, × even share")
+    cells = go.Heatmap(x=step_S.tolist(), y=list(range(E)), z=multiple_SE.T.round(2).tolist(), zmin=0, zmax=most, colorscale=scale,
+                       showscale=False, meta="load, × even share")
     pad = 0.05 * (edges[-1] - edges[0])
     discs = go.Scatter(x=[float(edges[0] - pad / 2)] * E, y=list(range(E)), mode="markers", hoverinfo="skip",
                        marker={"size": min(10, 0.5 * (height - 130) / E), "color": theme.expert_colors(E)})
@@ -47,8 +49,8 @@ def load_over_time(load_SE, steps=None, *, x_title: str = "optimiser step", heig
     return theme.figure(
         [cells, _flat(load_SE, edges), discs, *last, key], height=height, margin=margin, **layout,
         xaxis={"title": {"text": x_title}, "range": [float(edges[0] - pad), float(edges[-1])]},
-        yaxis={"title": {"text": "expert"}, "range": [E - 0.5, -0.5], "domain": domain, "showgrid": False, "tickvals": list(range(0, E, every)),
-               "ticktext": [str(e) for e in range(0, E, every)]},
+        yaxis={"title": {"text": "expert"}, "range": [E - 0.5, -0.5], "domain": domain, "showgrid": False,
+               "tickvals": list(range(0, E, every)), "ticktext": [str(e) for e in range(0, E, every)]},
     )
 
 
@@ -78,10 +80,11 @@ def _flat(load_SE, edges):
         for first, end in turns.reshape(-1, 2):
             x += [float(edges[first]), float(edges[end]), None]
             y += [e, e, None]
-    return go.Scatter(x=x, y=y, mode="lines", name="dead", hoverinfo="skip", line={"color": theme.MUTED, "width": 1.5 if load_SE.shape[1] <= 16 else 0.75})
+    width = 1.5 if load_SE.shape[1] <= 16 else 0.75
+    return go.Scatter(x=x, y=y, mode="lines", name="dead", hoverinfo="skip", line={"color": theme.MUTED, "width": width})
 
 
 def _last(share_E, x):
     text = ["dead" if share == 0 else f"{100 * share:.0f} %" if share >= 0.01 else "< 1 %" for share in share_E]
-    return go.Scatter(x=[x] * len(share_E), y=list(range(len(share_E))), mode="text", text=[f" {words}" for words in text], hoverinfo="skip",
-                      textposition="middle right", cliponaxis=False, textfont={"size": 12})
+    return go.Scatter(x=[x] * len(share_E), y=list(range(len(share_E))), mode="text", text=[f" {words}" for words in text],
+                      hoverinfo="skip", textposition="middle right", cliponaxis=False, textfont={"size": 12})

@@ -8,17 +8,19 @@ from ._ramp import GREY
 from ._units import count
 
 EXPERTS = theme.OKABE_ITO[0]
-COLORS = {"experts": EXPERTS, "experts at rest": theme.fade(EXPERTS, 0.24), "shared experts": theme.OKABE_ITO[4], "attention": theme.OKABE_ITO[1],
-          "router": theme.OKABE_ITO[5], "dense FFN": theme.OKABE_ITO[2], "embedding": theme.OKABE_ITO[3], "head": theme.OKABE_ITO[6], "norms": GREY}
+COLORS = {"experts": EXPERTS, "experts at rest": theme.fade(EXPERTS, 0.24), "shared experts": theme.OKABE_ITO[4],
+          "attention": theme.OKABE_ITO[1], "router": theme.OKABE_ITO[5], "dense FFN": theme.OKABE_ITO[2], "embedding": theme.OKABE_ITO[3],
+          "head": theme.OKABE_ITO[6], "norms": GREY}
 OUTSIDE = "outside the layers"
 WHITE, BLACK = "#ffffff", "#000000"
 
 
 def parameter_treemap(spec: ModelSpec, *, name: str, active_only: bool = False, height: int = 500) -> go.Figure:
-    """A tile for each part of a model, as large as its parameters: solid what one token uses, below it, faint, the experts at rest; then the list.
+    """A tile for each part of a model, as large as its parameters: solid what one token uses, below it, faint, the experts at rest.
 
-    The solid band is as high as the active share. Layers of a kind are taken together: with a router, without one, with both kinds of
-    feed-forward network. "experts" are those that a token visits, top_k in each layer.
+    A list of all parts stands under the tiles, since most are too small for words. The solid band is as high as the active share.
+    Layers of a kind are taken together: with a router, without one, with both kinds of feed-forward network. "experts" are those that a
+    token visits, top_k in each layer.
 
     Args:
         spec: say ``moe_core.published.MODELS["deepseek-v3"]``.
@@ -40,17 +42,21 @@ def parameter_treemap(spec: ModelSpec, *, name: str, active_only: bool = False, 
         [sum(sums), *sums, *(n for _, _, n in tiles)], [""] * (1 + len(inner)) + [_label(part, n, between) for _, part, n in tiles],
         [theme.CLEAR] * (1 + len(inner)) + [COLORS[part] for _, part, _ in tiles],
         [theme.INK] * (1 + len(inner)) + [_ink(part) for _, part, _ in tiles], [edge, 1])
-    unused = _treemap(["experts at rest"], [""], [rest], [_label("experts at rest", rest, "<br>")], [COLORS["experts at rest"]], [theme.INK], [0, edge])
-    head = f"<b>{name}</b>: {count(total)} parameters<br>a token uses {count(active)}, {100 * active / total:.{1 if active < 0.1 * total else 0}f} % (solid)"
+    part = "experts at rest"
+    unused = _treemap([part], [""], [rest], [_label(part, rest, "<br>")], [COLORS[part]], [theme.INK], [0, edge])
+    percent = f"{100 * active / total:.{1 if active < 0.1 * total else 0}f} %"
+    head = f"<b>{name}</b>: {count(total)} parameters<br>a token uses {count(active)}, {percent} (solid)"
     return theme.figure(
         [used, unused] if edge else [used], height=height, margin=margin, uniformtext={"minsize": 10, "mode": "hide"},
-        annotations=[_words(head, 0, 1, "bottom", 14), *(_words("<br>".join(lines), x, 0, "top", 12, -6) for x, lines in zip((0, 0.5), columns))],
+        annotations=[_words(head, 0, 1, "bottom", 14),
+                     *(_words("<br>".join(lines), x, 0, "top", 12, -6) for x, lines in zip((0, 0.5), columns))],
         xaxis={"visible": False, "title": {"text": "belongs to"}}, yaxis={"visible": False, "title": {"text": "part"}},
     )
 
 
 def _treemap(labels, parents, values, text, colors, inks, y):
-    ids = [label if parent in ("", labels[0]) else f"{parent}: {label}" for label, parent in zip(labels, parents)]  # several groups have norms
+    # Several groups have norms: a name alone says not which.
+    ids = [label if parent in ("", labels[0]) else f"{parent}: {label}" for label, parent in zip(labels, parents)]
     return go.Treemap(
         ids=ids, labels=labels, parents=parents, values=values, branchvalues="total", meta="parameters", text=text,
         textinfo="text", textposition="middle center", textfont={"size": 13, "color": inks}, pathbar={"visible": False}, domain={"y": y},
@@ -58,7 +64,7 @@ def _treemap(labels, parents, values, text, colors, inks, y):
 
 
 def parameter_groups(spec: ModelSpec) -> dict[str, dict[str, int]]:
-    """Kind of layer -> part -> parameters; all values together are ``spec.total_params``, without "experts at rest" ``spec.active_params``."""
+    """Kind of layer -> part -> parameters; together ``spec.total_params``, without "experts at rest" ``spec.active_params``."""
     D, norm = spec.d_model, NORMS[spec.norm] * spec.d_model
     kinds: dict[tuple, list[LayerSpec]] = {}
     for layer in spec.layers:
@@ -102,11 +108,11 @@ def _columns(groups):
         lines.append(f"<b>{group}</b>")
         for part, n in parts.items():
             if n:
-                square = f'<span style="color:{EXPERTS}">□</span>' if part == "experts at rest" else f'<span style="color:{COLORS[part]}">■</span>'
-                lines.append(f"{square} {part} {count(n)}")
+                color, square = (EXPERTS, "□") if part == "experts at rest" else (COLORS[part], "■")
+                lines.append(f'<span style="color:{color}">{square}</span> {part} {count(n)}')
     return columns
 
 
 def _words(text, x, y, yanchor, size, yshift=0):
-    return {"text": text, "showarrow": False, "xref": "paper", "yref": "paper", "x": x, "y": y, "xanchor": "left", "yanchor": yanchor, "align": "left",
-            "font": {"size": size}, "yshift": yshift}
+    return {"text": text, "showarrow": False, "xref": "paper", "yref": "paper", "x": x, "y": y, "xanchor": "left", "yanchor": yanchor,
+            "align": "left", "font": {"size": size}, "yshift": yshift}

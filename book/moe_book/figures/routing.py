@@ -41,7 +41,8 @@ def routing_map(expert_indices, expert_weights=None, kept=None, *, n_experts: in
 
     room = 0 if scores is None else ROOM
     height = height or max(160, min(900, 90 + 30 * T)) + room
-    size = max(4, min(24, (0.8 if scores is None else 0.5) * (height - 90 - room) / max(T, 1), (260 if scores is None else 170) / n_experts))
+    tall, wide = (0.8, 260) if scores is None else (0.5, 170)  # over cells squares are smaller: one sees what they stand on
+    size = max(4, min(24, tall * (height - 90 - room) / max(T, 1), wide / n_experts))
     cells, key, layout, domain = (), (), {}, {}
     if scores is not None:
         cells, key, layout, domain = _cells(_slots(scores, "scores"), (T, n_experts), unit, top, height - 60)
@@ -54,7 +55,8 @@ def routing_map(expert_indices, expert_weights=None, kept=None, *, n_experts: in
             alive = slots["kept"] is None or bool(slots["kept"][t, k])
             points["kept" if alive else "dropped"].append((int(index_TK[t, k]), t, weight))
     return theme.figure(
-        [*cells, _heads(n_experts), *(_squares(name, rows, n_experts, size, 0.2 if scores is None else 1.0) for name, rows in points.items()), *key],
+        [*cells, _heads(n_experts),
+         *(_squares(name, rows, n_experts, size, 0.2 if scores is None else 1.0) for name, rows in points.items()), *key],
         height=height, **layout,
         margin={"l": 24 + 8 * max([4, *map(len, labels)]), "r": 8, "t": 52, "b": 8},
         xaxis={"title": {"text": "expert"}, "side": "top", "range": [-0.6, n_experts - 0.4], "tickvals": list(range(n_experts)),
@@ -73,9 +75,10 @@ def _cells(score_TE, shape, unit, top, plot_height):
     if score_TE.shape != shape or (score_TE < 0).any():
         raise ValueError(f"scores of shape {score_TE.shape} must be {shape} numbers, at least 0")
     top = top or max(1.0, float(score_TE.max(initial=0)))
-    cells = go.Heatmap(x=list(range(shape[1])), y=list(range(shape[0])), z=score_TE.round(3).tolist(), zmin=0, zmax=top, colorscale=GREYS, showscale=False,
-                       xgap=2, ygap=2, name=unit, meta=unit)
-    key, layout, domain = strip(unit, [top * (i + 0.5) / 20 for i in range(20)], {0: "0", 10: f"{top / 2:.3g}", 20: f"{top:.3g}"}, colorscale=GREYS, zmax=top, plot_height=plot_height, at="bottom")
+    cells = go.Heatmap(x=list(range(shape[1])), y=list(range(shape[0])), z=score_TE.round(3).tolist(), zmin=0, zmax=top,
+                       colorscale=GREYS, showscale=False, xgap=2, ygap=2, name=unit, meta=unit)
+    shades, ticks = [top * (i + 0.5) / 20 for i in range(20)], {0: "0", 10: f"{top / 2:.3g}", 20: f"{top:.3g}"}
+    key, layout, domain = strip(unit, shades, ticks, colorscale=GREYS, zmax=top, plot_height=plot_height, at="bottom")
     return [cells], [key], layout, {"domain": domain, "showgrid": False}
 
 

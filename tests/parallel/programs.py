@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_core import MixtureOfExperts, MoEConfig
+from moe_core import Experts, MixtureOfExperts, MoEConfig, TopKRouter
 from moe_core.parallel import ExpertShard, Placement, TorchExchange, checkpoint
 from moe_core.pretrain import PretrainConfig, Trainer, pretrain
 
@@ -91,3 +91,11 @@ def loaded_state(rank: int, config: PretrainConfig) -> dict[str, Tensor]:
     state = checkpoint.tensors(trainer.model, trainer.optimizer)
     whole = {name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone() for name, tensor in state.items()}
     return whole | {"step": torch.tensor(record["step"])}
+
+
+def plain_experts(rank: int, x: Tensor) -> tuple[Tensor, int]:
+    """Experts(..., ep_size=R) as it stands, with nothing said about ranks: this rank's output, and the experts it holds."""
+    torch.manual_seed(0)
+    router = TopKRouter(d_model=8, n_experts=4, top_k=2)
+    experts = Experts(d_model=8, d_ff=8, n_experts=4, ep_size=dist.get_world_size())
+    return experts(x[rank], router(x[rank])).detach(), len(experts.gate_up_proj)

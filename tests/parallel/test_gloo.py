@@ -5,10 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_core import MoEConfig
+from moe_core import Experts, MoEConfig, TopKRouter
 from moe_core.parallel import SimulatedExchange, by_load, contiguous, round_robin, simulate
 
-from .programs import LayerCase, mismatch, run_layers, whole_layer
+from .programs import LayerCase, mismatch, plain_experts, run_layers, whole_layer
 
 RANKS = pytest.mark.parametrize("n_ranks", [2, 4])
 ROUTERS = {"topk": {}, "loss_free": {}, "expert_choice": {}, "relu": {}, "zero_computation": {}}
@@ -118,6 +118,15 @@ def test_a_rank_holds_its_share_of_the_experts_and_an_idle_rank_takes_part(gangs
     results = [result for [result] in gangs(n_ranks).run(run_layers, [one])]
     assert all(shape[0] == 8 // n_ranks for result in results for shape in result["shapes"].values())
     assert results[-1]["y"].shape == (0, 4, 16) and results[-1]["experts.down_proj"].abs().sum() > 0
+
+
+@RANKS
+def test_experts_with_an_ep_size_find_the_other_ranks_by_themselves(gangs, n_ranks):
+    x = torch.randn(n_ranks, 2, 3, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    router, experts = TopKRouter(d_model=8, n_experts=4, top_k=2), Experts(d_model=8, d_ff=8, n_experts=4)
+    for rank, (y, held) in enumerate(gangs(n_ranks).run(plain_experts, x)):
+        assert held == 4 // n_ranks and torch.allclose(y, experts(x[rank], router(x[rank])), atol=1e-6)
 
 
 @RANKS

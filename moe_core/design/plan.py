@@ -8,6 +8,7 @@ from ._text import si
 from .budget import Budget
 from .exchange import Exchange, exchange_of, node_limit
 from .memory import SAVINGS, GpuMemory, does_not_fit, ep_sizes, gpu_memory
+from .replicas import replica_seconds
 from .rules import Choice, choice
 from .shape import Shape
 
@@ -91,9 +92,14 @@ class Plan:
         return self.micro_batches * self.exchange.seconds
 
     @property
+    def replica_seconds(self) -> float:
+        """Gradients summed and weights gathered in one step; see ``replicas``."""
+        return replica_seconds(self.shape.spec, self.budget, ep=self.ep, sharded=self.sharded, micro_batches=self.micro_batches)
+
+    @property
     def step_seconds(self) -> float:
-        """Both, one after the other: nothing overlaps."""
-        return self.compute_seconds + self.exchange_seconds
+        """The exchange, which nothing hides, and computing, which hides the replicas' traffic as long as it lasts."""
+        return max(self.compute_seconds, self.replica_seconds) + self.exchange_seconds
 
     @property
     def exchange_share(self) -> float:
@@ -101,9 +107,9 @@ class Plan:
         return self.share_with(self.exchange)
 
     def share_with(self, exchange: Exchange) -> float:
-        """Share of the step that another exchange would take, computing being the same."""
+        """Share of the step that another exchange would take, all else being the same."""
         seconds = self.micro_batches * exchange.seconds
-        return seconds / (seconds + self.compute_seconds)
+        return seconds / (seconds + self.step_seconds - self.exchange_seconds)
 
     @property
     def training_seconds(self) -> float:
@@ -114,7 +120,7 @@ class Plan:
 def make_plan(shape: Shape, budget: Budget) -> Plan:
     """The plan with the shortest modelled step among those that fit; a node limit only where the exchange would pass 30 % of the step.
 
-    Weights are sharded only where nothing else fits: gathering them costs time that is not modelled.
+    Weights are sharded only where nothing else fits: that all of their traffic hides behind computing is hoped for, not known.
 
     Raises:
         Impossible: nothing fits.
@@ -175,7 +181,8 @@ def plan_choices(plan: Plan) -> list[Choice]:
                "optimizer state"),
         choice("micro-batch; computed again", f"{plan.micro_batch} sequences, {plan.micro_batches} times a step; {again}",
                "fits and is fastest", "memory reserve"),
-        choice("batch", f"{si(b.tokens_per_step)} tokens", "asked for" if b.batch_tokens else "a power of two of sequences a GPU", "batch"),
+        choice("batch", f"{si(b.tokens_per_step)} tokens", "a power of two of sequences a GPU"
+               + (f", for the {si(b.batch_tokens)} asked for" if b.batch_tokens else ""), "batch"),
     ]
     if plan.max_nodes:
         choices.append(choice("nodes of a token", f"{plan.max_nodes} of {plan.exchange.nodes}", "by groups of experts", "node limit"))

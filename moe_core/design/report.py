@@ -44,6 +44,8 @@ def _notes(design: "Design") -> str:
         notes.append(f"memory holds {shape.n_experts} experts, not the {SPARSITY * shape.top_k} of the rule \"sparsity\"")
     if b.steps < 1000:
         notes.append(f"{b.steps} optimiser steps are few: give fewer batch_tokens, more tokens or fewer GPUs")
+    if plan.replica_seconds > plan.compute_seconds:
+        notes.append("summing gradients and gathering weights takes longer than computing: more batch_tokens would hide it")
     if plan.exchange_share > SHARE_LIMIT:
         notes.append(f"the exchange takes {plan.exchange_share:.0%} of the step, above {SHARE_LIMIT:.0%}: see the cuts in part 4")
     if plan.roofline["share_of_peak"] < 0.9:
@@ -91,6 +93,8 @@ def _compute(design: "Design") -> str:
         ("steps", f"{b.steps} of {si(b.tokens_per_step)} tokens, {b.sequences_per_step} sequences a GPU"),
         ("time", f"{duration(plan.training_seconds)} ({duration(plan.step_seconds)} a step), if computing reaches {b.utilisation:.0%} of "
                  "the peak (assumed)"),
+        ("gradients summed, weights gathered", f"{duration(plan.replica_seconds)} a step, hidden behind {duration(plan.compute_seconds)} of "
+                                               "computing"),
         ("memory of a GPU", f"{size(m.total)} of {size(b.usable_memory)} usable: weights {size(m.weights)}, gradients {size(m.gradients)}, "
                             f"AdamW {size(m.optimizer)}, activations {size(m.activations)}{gathered}"),
         ("cache of one sequence", size(kv_cache_bytes(spec, b.seq_len))),
@@ -130,5 +134,5 @@ def _exchange(design: "Design") -> str:
     return (f"{tokens} Rows go {way}; a layer does so {x.passes} times a step, there and back (rule \"backward repeats\").\n\n"
             f"{table(head, rows)}\n\n"
             f"Modelled: peak links ({gpu.link_bandwidth / 1e9:.0f} GB/s inside a node of {x.network.ranks_per_node}, "
-            f"{gpu.network_bandwidth / 1e9:.0f} GB/s between nodes), perfect balance, no latency, nothing overlapped. Not modelled: "
-            f"reducing gradients, gathering weights. Cut the exchange above {SHARE_LIMIT:.0%} of the step (rule \"30 % exchange\").")
+            f"{gpu.network_bandwidth / 1e9:.0f} GB/s between nodes), perfect balance, no latency, nothing overlapped. "
+            f"Cut the exchange above {SHARE_LIMIT:.0%} of the step (rule \"30 % exchange\").")

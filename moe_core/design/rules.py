@@ -73,7 +73,8 @@ RULES: dict[str, Rule] = {rule.name: rule for rule in (
          "paper"),
     Rule("30 % exchange", "all-to-all above 30 % of the step: fewer or wider experts, a node limit, one-byte dispatch (expert choice too, "
          "but not in a causal model: it reads the future)", "practice", "rule of thumb"),
-    Rule("node limit", "a token goes to at most 4 nodes; a copy crosses to each once", f"{_V3}, section 2.1.2", "paper"),
+    Rule("node limit", "a token goes to at most 4 nodes (of 8; of fewer, here to half of them); a copy crosses to each once",
+         f"{_V3}, section 2.1.2; the half is practice", "paper"),
     Rule("4 x total", "an MoE needs about 4 times the parameters of a dense model of equal quality", "practice", "rule of thumb"),
     Rule("memory reserve", "a tenth of the memory stays free for kernels, buffers and fragmentation", "practice", "rule of thumb"),
     Rule("optimizer state", "16 bytes a parameter; moments and master copy are divided among the ranks that hold the same weights",

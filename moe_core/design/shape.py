@@ -113,10 +113,10 @@ def _round(d_ff: float) -> int:
 
 
 def _experts_for(shape: Shape, budget: Budget) -> int:
-    """The number of experts whose total is nearest to the one asked for: 4 to 8 times a power of two, at least in steps of 8."""
+    """The number of experts whose total is nearest to the one asked for: a power of two times 4 to 8, to divide evenly."""
     one = shape.spec.parts["experts"] // shape.n_experts
     wanted = (budget.total - (shape.spec.total_params - shape.spec.parts["experts"])) / one
-    step = max(8, 2 ** (max(1, int(wanted / 4)).bit_length() - 1))
+    step = 2 ** (max(1, int(wanted / 4)).bit_length() - 1)
     n_experts = max(1, int(wanted / step + 0.5)) * step
     least = -(-2 * shape.top_k // step) * step
     if n_experts < least:

@@ -105,7 +105,7 @@ def visit(browser, site, page_name):
 
     def go(**options) -> Visit:
         contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "offline": True, **options}))
-        contexts[-1].set_default_timeout(20_000)
+        contexts[-1].set_default_timeout(60_000)
         path = site / f"{page_name}.html"
         assert path.exists(), f"{page_name} is in the table of contents, but not in the built book"
         return Visit(contexts[-1], path)

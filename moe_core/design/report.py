@@ -93,8 +93,8 @@ def _compute(design: "Design") -> str:
         ("steps", f"{b.steps} of {si(b.tokens_per_step)} tokens, {b.sequences_per_step} sequences a GPU"),
         ("time", f"{duration(plan.training_seconds)} ({duration(plan.step_seconds)} a step), if computing reaches {b.utilisation:.0%} of "
                  "the peak (assumed)"),
-        ("gradients summed, weights gathered", f"{duration(plan.replica_seconds)} a step, hidden behind {duration(plan.compute_seconds)} of "
-                                               "computing"),
+        ("replicas", f"gradients summed and weights gathered in {duration(plan.replica_seconds)} a step, beside "
+                     f"{duration(plan.compute_seconds)} of computing"),
         ("memory of a GPU", f"{size(m.total)} of {size(b.usable_memory)} usable: weights {size(m.weights)}, gradients {size(m.gradients)}, "
                             f"AdamW {size(m.optimizer)}, activations {size(m.activations)}{gathered}"),
         ("cache of one sequence", size(kv_cache_bytes(spec, b.seq_len))),

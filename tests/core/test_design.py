@@ -395,7 +395,8 @@ def test_whatever_an_impossible_budget_is_offered_would_do(change):
         assert isinstance(design(changed(replace(BASE, **change), name, value, str(caught.value))), Design)
 
 
-@pytest.mark.parametrize("change", [{"gpus": 60}, {"gpus": 12}, {"tokens": 1e5}, {"tokens": 2e4, "gpus": 8}, {"total": 1e9}], ids=str)
+@pytest.mark.parametrize("change", [{"gpus": 60}, {"gpus": 12}, {"tokens": 1e5}, {"tokens": 9e4}, {"tokens": 2e4, "gpus": 8},
+                                    {"total": 1e9}], ids=str)
 def test_what_no_shape_can_mend_is_refused_at_once_with_what_would_do(change):
     with pytest.raises(Impossible) as caught:
         replace(BASE, **change)

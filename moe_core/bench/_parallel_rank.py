@@ -71,6 +71,7 @@ def measure(shape: Shape, seed: int, rounds: int, sizes: list[int]) -> dict:
     steps, log = {name: [] for name in run}, {name: [] for name in SPREAD}
 
     def step(name: str) -> None:
+        """One step of a contestant, and what it exchanged."""
         exchange.notes.clear()
         steps[name].append(_clock(run[name]))
         if name in SPREAD:
@@ -83,6 +84,7 @@ def measure(shape: Shape, seed: int, rounds: int, sizes: list[int]) -> dict:
     plain = TorchExchange()
 
     def probe(key) -> None:
+        """The same all-to-all by itself."""
         rows, send, receive = probes[key]
         times[key].append(_clock(lambda: plain.move([rows], [send], [receive])))
 

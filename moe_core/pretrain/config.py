@@ -126,7 +126,7 @@ def from_command_line(argv: list[str] | None = None) -> tuple[PretrainConfig, bo
     Ends the program with the reason (exit status 2) where a flag, a key or a value is wrong.
     """
     parser = argparse.ArgumentParser(
-        "python -m moe_core.pretrain", description="Train an MoE language model, in one process or under torchrun.",
+        "python -m moe_core.pretrain", description="Train an MoE language model, in one process or under torchrun.", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="torchrun --standalone --nproc-per-node 2 -m moe_core.pretrain --ep-size 2 --steps 20 --out runs/second",
     )

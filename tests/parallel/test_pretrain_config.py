@@ -165,6 +165,10 @@ def test_the_help_says_what_every_option_means_and_its_default(capsys):
     assert "(default: 200)" in said and "torchrun --standalone --nproc-per-node 2 -m moe_core.pretrain" in said
 
 
+def test_a_flag_cut_short_is_no_flag(capsys):
+    assert "unrecognized arguments: --step 5" in refusal(capsys, "--step", "5")
+
+
 @pytest.mark.parametrize(("argv", "message"), [
     (["--experts", "8"], "unrecognized arguments: --experts"), (["--steps", "many"], "--steps: invalid int value: 'many'"),
     (["--steps", "0"], "steps=0 must be a whole number, at least 1"), (["--moe", "{bias}"], "argument --moe: invalid"),

@@ -40,7 +40,11 @@ class Heartbeat:
         time.sleep(3 * self.EVERY)
         after = self._beats()
         still = [rank for rank in range(self.n_ranks) if rank != self.rank and after[rank] == before[rank]]
-        return [rank for rank in still if not self._store.check([f"left/{rank}"])]
+        return [rank for rank in still if rank not in self.left()]
+
+    def left(self) -> list[int]:
+        """The other ranks that have said goodbye. Raises RuntimeError as ``missing``."""
+        return [rank for rank in range(self.n_ranks) if rank != self.rank and self._store.check([f"left/{rank}"])]
 
     def leave(self) -> None:
         """Say goodbye and stop."""

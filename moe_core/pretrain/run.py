@@ -22,7 +22,7 @@ ENOUGH = 5  # logged steps, one in twenty: fewer say more about the start than a
 
 
 class RankLost(RuntimeError):
-    """The other ranks cannot be reached any more; the message names those that are missing, the step and the last checkpoint."""
+    """The ranks cannot go on together; the message names those that are missing or have ended, the step and the last checkpoint."""
 
 
 def pretrain(config: PretrainConfig, *, resume: bool = False, heartbeat: Heartbeat | None = None) -> Path:
@@ -159,9 +159,12 @@ def _rank_lost(error: RuntimeError, heartbeat: Heartbeat, config: PretrainConfig
     last = sorted((Path(config.out) / "checkpoints").glob("step-*[0-9]"))
     where = f"the last checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
     try:
-        missing = heartbeat.missing()
-        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {heartbeat.n_ranks}"
-        who = f"{ranks} gone or silent" if missing else "the connection to the other ranks broke"
+        missing, left = heartbeat.missing(), heartbeat.left()
+        ranks = missing or left
+        who = f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))} of {heartbeat.n_ranks} "
+        who += "gone or silent" if missing else "ended before"
+        if not ranks:
+            who = "failed while all other ranks are there"
     except RuntimeError:  # the store went with the rank that held it
         who = f"another of the {heartbeat.n_ranks} ranks is gone"
     return RankLost(f"rank {heartbeat.rank}: {who} in step {step} (timeout {config.timeout:g} s); {where}. "

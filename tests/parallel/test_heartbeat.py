@@ -4,6 +4,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from moe_core.parallel.heartbeat import Heartbeat
+from moe_core.pretrain import PretrainConfig
+from moe_core.pretrain.run import _rank_lost
 
 
 @pytest.fixture
@@ -20,7 +22,7 @@ def test_a_rank_that_stops_is_missing_and_one_that_left_is_not(store):
     assert first.missing() == third.missing() == [1]
     third.leave()
     third._thread.join()
-    assert first.missing() == [1]
+    assert first.missing() == [1] and first.left() == [2]
     first.leave()
 
 
@@ -28,3 +30,14 @@ def test_a_rank_that_never_came_is_missing(store):
     first = Heartbeat(store, 0, 2)
     assert first.missing() == [1]
     first.leave()
+
+
+def test_an_error_of_this_rank_alone_is_not_blamed_on_the_others(store, tmp_path):
+    first, second = (Heartbeat(store, rank, 2) for rank in range(2))
+    config = PretrainConfig(out=str(tmp_path))
+    lost = _rank_lost(RuntimeError("out of memory"), first, config, 3)
+    assert str(lost).startswith("rank 0: failed while all other ranks are there in step 3") and str(lost).endswith("Cause: out of memory")
+    first.leave()
+    lost = _rank_lost(RuntimeError("closed by peer"), second, config, 3)
+    assert str(lost).startswith("rank 1: rank 0 of 2 ended before in step 3")
+    second.leave()

@@ -27,7 +27,7 @@ chapters: $(READY) ## execute and normalise the notebooks (CHAPTER=02 only that 
 	@$(PY) book/tools/chapters.py $(CHAPTER)
 
 bench: $(READY) ## every router on the same text and budget; about 10 minutes, prints a table, writes router_bench.json
-	@$(PY) -m moe_core.bench routers
+	@$(PY) -m moe_tools.bench routers
 
 repo: ## stamp the repository's URL into the book: make repo URL=https://github.com/you/moe-book
 	@python=$$(PYTHON="$(PYTHON)" book/tools/find-python.sh) && "$$python" book/tools/repo.py "$(URL)" $(BRANCH)

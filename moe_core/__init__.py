@@ -6,29 +6,70 @@ Dimension letters, everywhere: B batch, N tokens per sequence, T = B*N, D d_mode
 C capacity, A kept assignments. A local tensor carries its dims as a suffix: ``scores_BNE``, ``rows_AD``.
 """
 
-from . import accounting, capacity, diagnosis, interop, losses, metrics, probe, published
+from . import capacity, losses, metrics
 from .capacity import CapacityRule
 from .config import MoEConfig
 from .dispatch import DispatchPlan
-from .experts import Experts, FeedForward
+from .experts import Experts, FeedForward, ZeroComputationExperts
+from .experts.soft import SoftMoE
 from .layer import MixtureOfExperts
 from .lm import LanguageModel, LMConfig
 from .routers import (
-    BalancedAssignmentRouter, ExpertChoiceRouter, ExpertThresholdRouter, GShardRouter, HashRouter, LossFreeRouter, NoisyTopKRouter,
-    QuantileBalancingRouter, ReLURouter, Router, SinkhornRouter, SwitchRouter, TopKRouter, ZeroComputationRouter,
+    BalancedAssignmentRouter,
+    ExpertChoiceRouter,
+    ExpertThresholdRouter,
+    GShardRouter,
+    HashRouter,
+    LossFreeRouter,
+    NoisyTopKRouter,
+    QuantileBalancingRouter,
+    ReLURouter,
+    Router,
+    SinkhornRouter,
+    SwitchRouter,
+    TopKRouter,
+    ZeroComputationRouter,
 )
 from .routing import DropReason, Routing
-from .routing_log import RoutingLog
-from .routing_records import StepCosts
-from .soft_moe import SoftMoE
-from .upcycling import upcycle
-from .zero_computation import ZeroComputationExperts
 
 __version__ = "0.1.0"
 __all__ = [
-    "BalancedAssignmentRouter", "CapacityRule", "DispatchPlan", "DropReason", "ExpertChoiceRouter", "ExpertThresholdRouter",
-    "Experts", "FeedForward", "GShardRouter", "HashRouter", "LMConfig", "LanguageModel", "LossFreeRouter", "MixtureOfExperts",
-    "MoEConfig", "NoisyTopKRouter", "QuantileBalancingRouter", "ReLURouter", "Router", "Routing", "RoutingLog", "SinkhornRouter",
-    "SoftMoE", "StepCosts", "SwitchRouter", "TopKRouter", "ZeroComputationExperts", "ZeroComputationRouter", "accounting", "capacity",
-    "diagnosis", "interop", "losses", "metrics", "probe", "published", "upcycle",
+    "BalancedAssignmentRouter",
+    "CapacityRule",
+    "DispatchPlan",
+    "DropReason",
+    "ExpertChoiceRouter",
+    "ExpertThresholdRouter",
+    "Experts",
+    "FeedForward",
+    "GShardRouter",
+    "HashRouter",
+    "LMConfig",
+    "LanguageModel",
+    "LossFreeRouter",
+    "MixtureOfExperts",
+    "MoEConfig",
+    "NoisyTopKRouter",
+    "QuantileBalancingRouter",
+    "ReLURouter",
+    "Router",
+    "Routing",
+    "SinkhornRouter",
+    "SoftMoE",
+    "SwitchRouter",
+    "TopKRouter",
+    "ZeroComputationExperts",
+    "ZeroComputationRouter",
+    "capacity",
+    "losses",
+    "metrics",
 ]
+
+
+def __getattr__(name: str):
+    """``moe_core.published`` and ``moe_core.interop`` are tools: loaded when somebody asks."""
+    if name in ("published", "interop"):
+        from importlib import import_module
+
+        return import_module(f"moe_core.{name}")
+    raise AttributeError(f"module 'moe_core' has no attribute {name!r}")

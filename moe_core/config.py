@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass, field, fields
 
 import torch
 
-from ._validate import at_least, between, boolean, one_of, top_k_fits, whole
-from .activations import Activation
+from .build import build, shared_defaults, top_k_is_a_mean
 from .capacity import CapacityRule
 from .experts import BACKENDS
-from .routers import ROUTERS, build, shared_defaults, top_k_is_a_mean
-from .shared_experts import COMBINE
+from .experts.activations import Activation
+from .experts.shared import COMBINE
+from .routers import ROUTERS
+from .validate import at_least, between, boolean, one_of, top_k_fits, whole
 
 
 @dataclass(frozen=True)
@@ -79,22 +80,38 @@ class MoEConfig:
         if isinstance(self.capacity_factor, dict):  # as it comes out of to_dict
             object.__setattr__(self, "capacity_factor", rule)
         if rule.overflow == "shared" and self.n_shared_experts == 0:
-            raise ValueError("n_shared_experts=0 must be at least 1 where the overflow goes to the shared expert")
-        if self.n_shared_experts == 0 and (self.shared_d_ff, self.shared_gate, self.shared_combine) != (None, False, "sum"):
-            raise ValueError("n_shared_experts=0 must be at least 1 where shared_d_ff, shared_gate or shared_combine is given")
+            raise ValueError(
+                "n_shared_experts=0 must be at least 1 where the overflow goes to the shared expert"
+            )
+        if self.n_shared_experts == 0 and (
+            self.shared_d_ff,
+            self.shared_gate,
+            self.shared_combine,
+        ) != (None, False, "sum"):
+            raise ValueError(
+                "n_shared_experts=0 must be at least 1 where shared_d_ff, shared_gate or shared_combine is given"
+            )
         whole(1, shared_d_ff=self.d_ff if self.shared_d_ff is None else self.shared_d_ff)
         one_of(COMBINE, shared_combine=self.shared_combine)
-        between(0.0, 1.0, jitter_noise=self.jitter_noise, dropout=self.dropout, drop_path=self.drop_path)
+        between(
+            0.0, 1.0, jitter_noise=self.jitter_noise, dropout=self.dropout, drop_path=self.drop_path
+        )
         boolean(bias=self.bias, shared_gate=self.shared_gate)
         Activation(self.activation, self.glu, self.glu_limit, self.up_offset)  # checks the four
         one_of(BACKENDS, backend=self.backend)
         object.__setattr__(self, "router_options", _plain(self.router_options))
-        with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # to make a config draws no random number
+        with (
+            torch.random.fork_rng(devices=[]),
+            torch.device("cpu"),
+        ):  # to make a config draws no random number
             build(self)
 
     def mlp_options(self) -> dict:
         """What one expert is made of besides its size: the options of ``FeedForward`` and ``Experts``."""
-        return {name: getattr(self, name) for name in ("activation", "glu", "bias", "glu_limit", "up_offset", "dropout")}
+        return {
+            name: getattr(self, name)
+            for name in ("activation", "glu", "bias", "glu_limit", "up_offset", "dropout")
+        }
 
     def to_dict(self) -> dict:
         """Plain values only, ready for JSON."""
@@ -120,5 +137,7 @@ def _plain(options: dict) -> dict:
     except (TypeError, ValueError):
         copy = None
     if not isinstance(options, dict) or copy != options:
-        raise ValueError(f"router_options={options!r} must be a dict of names to plain JSON values (lists, not tuples)")
+        raise ValueError(
+            f"router_options={options!r} must be a dict of names to plain JSON values (lists, not tuples)"
+        )
     return copy

@@ -1,7 +1,5 @@
 """DispatchPlan: from a Routing to rows sorted by expert, and back. No parameters."""
 
-from typing import Optional
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,8 +37,12 @@ class DispatchPlan:
         B, N, self.top_k = routing.expert_indices.shape
         self.n_tokens, E = B * N, routing.n_experts
         mask_S = routing.capacity_mask.flatten()
-        if static is None:  # with a slot for every expert (expert choice, threshold, ReLU) most slots have no row
-            static = self.top_k < E and (mask_S.device.type != "cpu" or torch.compiler.is_compiling())
+        if (
+            static is None
+        ):  # with a slot for every expert (expert choice, threshold, ReLU) most slots have no row
+            static = self.top_k < E and (
+                mask_S.device.type != "cpu" or torch.compiler.is_compiling()
+            )
         # Slots that are not kept sort to the very end, behind the last expert.
         expert_S = torch.where(mask_S, routing.expert_indices.flatten(), E)
         self.slot_A = torch.argsort(expert_S, stable=True)
@@ -56,7 +58,9 @@ class DispatchPlan:
         if static or routing.dropless:
             self.bags = row_of_slot_S.view(self.n_tokens, self.top_k)
         else:
-            self.bags = row_of_slot_S[self.slot_A.sort().values]  # the kept slots, token after token
+            self.bags = row_of_slot_S[
+                self.slot_A.sort().values
+            ]  # the kept slots, token after token
             kept_T = mask_S.view(self.n_tokens, self.top_k).sum(-1)
             self.starts_T = kept_T.cumsum(0) - kept_T
 
@@ -70,7 +74,9 @@ class DispatchPlan:
         rows_AD = _Gather.apply(x.reshape(self.n_tokens, x.shape[-1]), self)
         if input_weights is None:
             return rows_AD
-        return (rows_AD * input_weights.flatten().index_select(0, self.slot_A).unsqueeze(-1)).to(rows_AD.dtype)
+        return (rows_AD * input_weights.flatten().index_select(0, self.slot_A).unsqueeze(-1)).to(
+            rows_AD.dtype
+        )
 
     def combine(self, rows_AD: Tensor, expert_weights: Tensor) -> Tensor:
         r"""Rows (A, D) back to their tokens, weighted: (B, N, D).
@@ -86,7 +92,9 @@ class DispatchPlan:
         """The weights in the order of ``bags``; 0 for a static plan's rows without a kept slot."""
         if self.starts_T is not None:
             return weights_TK.flatten()[self.slot_A[self.bags]]
-        return weights_TK.contiguous() if self.real_A is None else weights_TK * self.real_A[self.bags]
+        return (
+            weights_TK.contiguous() if self.real_A is None else weights_TK * self.real_A[self.bags]
+        )
 
 
 # Gathering copies a token to its rows, so its backward adds the rows up; combining adds rows up, so its backward copies. Each is the
@@ -103,7 +111,9 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_AD: Tensor):
         wide = torch.promote_types(grad_AD.dtype, torch.float32)
-        return _sum_bags(grad_AD.to(wide), ctx.plan.bags, ctx.plan.starts_T, None).to(grad_AD.dtype), None
+        return _sum_bags(grad_AD.to(wide), ctx.plan.bags, ctx.plan.starts_T, None).to(
+            grad_AD.dtype
+        ), None
 
 
 class _Combine(torch.autograd.Function):
@@ -111,15 +121,24 @@ class _Combine(torch.autograd.Function):
     def forward(ctx, rows_AD: Tensor, weights_TK: Tensor, plan: DispatchPlan) -> Tensor:
         ctx.save_for_backward(rows_AD, weights_TK)
         ctx.plan = plan
-        return _combine(rows_AD.to(weights_TK.dtype), plan.bags, plan.starts_T, plan.slot_weights(weights_TK)).to(rows_AD.dtype)
+        return _combine(
+            rows_AD.to(weights_TK.dtype), plan.bags, plan.starts_T, plan.slot_weights(weights_TK)
+        ).to(rows_AD.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_TD: Tensor):
         (rows_AD, weights_TK), plan = ctx.saved_tensors, ctx.plan
         weights_A = weights_TK.flatten().index_select(0, plan.slot_A)
-        grad_AD, grad_weights_A = _combine_backward(_copy(grad_TD, plan).to(weights_A.dtype), rows_AD.to(weights_A.dtype), weights_A)
-        grad_weights = torch.zeros_like(weights_TK).flatten().index_copy(0, plan.slot_A, grad_weights_A).view_as(weights_TK)
+        grad_AD, grad_weights_A = _combine_backward(
+            _copy(grad_TD, plan).to(weights_A.dtype), rows_AD.to(weights_A.dtype), weights_A
+        )
+        grad_weights = (
+            torch.zeros_like(weights_TK)
+            .flatten()
+            .index_copy(0, plan.slot_A, grad_weights_A)
+            .view_as(weights_TK)
+        )
         return grad_AD.to(rows_AD.dtype), grad_weights, None
 
 
@@ -128,19 +147,23 @@ def _copy(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
     return rows_AD if plan.real_A is None else rows_AD.masked_fill_(~plan.real_A.unsqueeze(-1), 0)
 
 
-def _sum_bags(rows_AD: Tensor, bags: Tensor, starts_T: Tensor | None, weights: Tensor | None) -> Tensor:
+def _sum_bags(
+    rows_AD: Tensor, bags: Tensor, starts_T: Tensor | None, weights: Tensor | None
+) -> Tensor:
     """(T, D): the rows of each bag, weighted, added up in the order of the bag, without making (T, K, D)."""
     n_bags = len(bags) if starts_T is None else len(starts_T)
     if len(rows_AD) == 0 or n_bags == 0:
         return rows_AD.new_zeros(n_bags, rows_AD.shape[-1])
-    return F.embedding_bag(bags, rows_AD.contiguous(), starts_T, mode="sum", per_sample_weights=weights)
+    return F.embedding_bag(
+        bags, rows_AD.contiguous(), starts_T, mode="sum", per_sample_weights=weights
+    )
 
 
 # Operations of their own, so that torch's FlopCounterMode counts the weighting: 2 * A * D forward, twice that backward.
 
 
 @torch.library.custom_op("moe_core::combine", mutates_args=())
-def _combine(rows_AD: Tensor, bags: Tensor, starts_T: Optional[Tensor], weights: Tensor) -> Tensor:
+def _combine(rows_AD: Tensor, bags: Tensor, starts_T: Tensor | None, weights: Tensor) -> Tensor:
     return _sum_bags(rows_AD, bags, starts_T, weights)
 
 

@@ -2,14 +2,14 @@
 
 from torch import Tensor, nn
 
+from .build import build
 from .config import MoEConfig
 from .experts import Experts
+from .experts.shared import SharedExperts
+from .experts.zero_computation import ZeroComputationExperts, ffn_routing
 from .parallel.expert_parallel import ExpertShard
-from .routers import build
 from .routers.zero_computation import ZeroComputationRouter
 from .routing import Routing
-from .shared_experts import SharedExperts
-from .zero_computation import ZeroComputationExperts, ffn_routing
 
 
 class MixtureOfExperts(nn.Module):
@@ -34,21 +34,37 @@ class MixtureOfExperts(nn.Module):
         self.router = build(config)
         mlp = config.mlp_options()
         self.experts = Experts(
-            config.d_model, config.d_ff, config.n_experts, drop_path=config.drop_path, backend=config.backend, shard=shard,
-            ep_size=1 if shard is None else shard.placement.n_ranks, **mlp
+            config.d_model,
+            config.d_ff,
+            config.n_experts,
+            drop_path=config.drop_path,
+            backend=config.backend,
+            shard=shard,
+            ep_size=1 if shard is None else shard.placement.n_ranks,
+            **mlp,
         )
         self.zero_computation_experts = None
         if isinstance(self.router, ZeroComputationRouter):
-            cheap = self.router.n_zero_experts, self.router.n_copy_experts, self.router.n_constant_experts
+            cheap = (
+                self.router.n_zero_experts,
+                self.router.n_copy_experts,
+                self.router.n_constant_experts,
+            )
             self.zero_computation_experts = ZeroComputationExperts(config.d_model, *cheap)
         self.shared_experts = None
         if config.n_shared_experts:
             self.shared_experts = SharedExperts(
-                config.d_model, config.shared_d_ff or config.d_ff, config.n_shared_experts, gated=config.shared_gate,
-                combine=config.shared_combine, **mlp
+                config.d_model,
+                config.shared_d_ff or config.d_ff,
+                config.n_shared_experts,
+                gated=config.shared_gate,
+                combine=config.shared_combine,
+                **mlp,
             )
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
         """Route, compute, combine.
 
         Args:
@@ -65,17 +81,25 @@ class MixtureOfExperts(nn.Module):
         routing = self.route(x, padding_mask, token_ids)
         return self.add_others(self.experts(x, self.expert_routing(routing)), x, routing), routing
 
-    def route(self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None) -> Routing:
+    def route(
+        self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None
+    ) -> Routing:
         """The first part of forward: what the router says."""
         if not self.router.needs_token_ids:
             return self.router(x, padding_mask)
         if token_ids is None:
-            raise ValueError(f"token_ids=None must be (B, N) int64: router={self.config.router!r} needs them")
+            raise ValueError(
+                f"token_ids=None must be (B, N) int64: router={self.config.router!r} needs them"
+            )
         return self.router(x, padding_mask, token_ids)
 
     def expert_routing(self, routing: Routing) -> Routing:
         """The part of a routing that goes to ``experts``: all of it, unless some experts compute nothing."""
-        return routing if self.zero_computation_experts is None else ffn_routing(routing, self.config.n_experts)
+        return (
+            routing
+            if self.zero_computation_experts is None
+            else ffn_routing(routing, self.config.n_experts)
+        )
 
     def add_others(self, y: Tensor, x: Tensor, routing: Routing) -> Tensor:
         """The last part of forward: the experts' output, and what experts without computation and shared experts add to it."""

@@ -1,19 +1,19 @@
 """A small decoder-only transformer whose feed-forward layer is dense or a Mixture-of-Experts; nothing else differs."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._validate import boolean, one_of, whole
 from .config import MoEConfig
 from .experts import ACTIVATIONS, Experts, FeedForward
 from .layer import MixtureOfExperts
 from .parallel.expert_parallel import ExpertShard
 from .routers import Router
 from .routing import Routing
+from .validate import boolean, one_of, whole
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,18 @@ class LMConfig:
     moe: MoEConfig | None = None
 
     def __post_init__(self):
-        whole(1, vocab_size=self.vocab_size, d_model=self.d_model, n_layers=self.n_layers, n_heads=self.n_heads,
-              max_seq_len=self.max_seq_len)
+        whole(
+            1,
+            vocab_size=self.vocab_size,
+            d_model=self.d_model,
+            n_layers=self.n_layers,
+            n_heads=self.n_heads,
+            max_seq_len=self.max_seq_len,
+        )
         if self.d_model % (2 * self.n_heads):
-            raise ValueError(f"d_model={self.d_model} must be a multiple of 2 * n_heads={2 * self.n_heads}")
+            raise ValueError(
+                f"d_model={self.d_model} must be a multiple of 2 * n_heads={2 * self.n_heads}"
+            )
         one_of(ACTIVATIONS, activation=self.activation)
         boolean(glu=self.glu)
         if (self.d_ff is None) == (self.moe is None):
@@ -68,8 +76,12 @@ class LMConfig:
             raise ValueError("moe=None: the model is dense already")
         moe = self.moe
         if (moe.bias, moe.glu_limit, moe.up_offset, moe.dropout) != (False, None, 0.0, 0.0):
-            raise ValueError("bias, glu_limit, up_offset and dropout of moe must be off: the dense layer of an LMConfig has none of them")
-        d_ff = round(moe.top_k * moe.d_ff + moe.n_shared_experts * (moe.shared_d_ff or moe.d_ff))  # a mean K may be a fraction
+            raise ValueError(
+                "bias, glu_limit, up_offset and dropout of moe must be off: the dense layer of an LMConfig has none of them"
+            )
+        d_ff = round(
+            moe.top_k * moe.d_ff + moe.n_shared_experts * (moe.shared_d_ff or moe.d_ff)
+        )  # a mean K may be a fraction
         return replace(self, moe=None, d_ff=d_ff, activation=moe.activation, glu=moe.glu)
 
     def to_dict(self) -> dict:
@@ -95,7 +107,9 @@ class CausalAttention(nn.Module):
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
         half = d_model // n_heads // 2
-        angle = torch.outer(torch.arange(max_seq_len).float(), 10000.0 ** (-torch.arange(half).float() / half))
+        angle = torch.outer(
+            torch.arange(max_seq_len).float(), 10000.0 ** (-torch.arange(half).float() / half)
+        )
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
@@ -108,7 +122,9 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D); position n sees positions 0..n."""
         B, N, D = x.shape
-        q, k, v = self.qkv_proj(x).view(B, N, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.qkv_proj(x).view(B, N, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
+        )
         y = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
         return self.out_proj(y.transpose(1, 2).reshape(B, N, D))
 
@@ -122,12 +138,15 @@ class Block(nn.Module):
         self.attention = CausalAttention(config.d_model, config.n_heads, config.max_seq_len)
         self.feed_forward_norm = nn.RMSNorm(config.d_model)
         if config.moe is None:
-            self.feed_forward = FeedForward(config.d_model, config.d_ff, activation=config.activation, glu=config.glu)
+            self.feed_forward = FeedForward(
+                config.d_model, config.d_ff, activation=config.activation, glu=config.glu
+            )
         else:
             self.feed_forward = MixtureOfExperts(config.moe, shard)
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None,
-                token_ids: Tensor | None = None) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, Routing | None]:
         """(B, N, D) -> (B, N, D), and the routing of this layer (None when it is dense)."""
         x = x + self.attention(self.attention_norm(x))
         h = self.feed_forward_norm(x)
@@ -149,7 +168,9 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, shard) for shard in shards or [None] * config.n_layers)
+        self.blocks = nn.ModuleList(
+            Block(config, shard) for shard in shards or [None] * config.n_layers
+        )
         self.norm = nn.RMSNorm(config.d_model)
         self.reset_parameters()
 
@@ -158,19 +179,32 @@ class LanguageModel(nn.Module):
 
         A router that prescribes its own start (noisy top-k: zeros) keeps it.
         """
-        prescribed = {id(weight) for router in self.modules() if isinstance(router, Router) and router.prescribes_start
-                      for weight in router.parameters()}
-        banks = {id(parameter): bank for bank in self.modules() if isinstance(bank, Experts) for parameter in bank.parameters()}
+        prescribed = {
+            id(weight)
+            for router in self.modules()
+            if isinstance(router, Router) and router.prescribes_start
+            for weight in router.parameters()
+        }
+        banks = {
+            id(parameter): bank
+            for bank in self.modules()
+            if isinstance(bank, Experts)
+            for parameter in bank.parameters()
+        }
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1 and id(parameter) not in prescribed:
                 writes = name.endswith(("out_proj.weight", "down_proj", "down_proj.weight"))
                 std = 0.02 / ((2 * self.config.n_layers) ** 0.5 if writes else 1)
                 if id(parameter) in banks:
-                    banks[id(parameter)].draw(parameter, lambda expert: nn.init.normal_(expert, std=std))
+                    banks[id(parameter)].draw(
+                        parameter, lambda expert: nn.init.normal_(expert, std=std)
+                    )
                 else:
                     nn.init.normal_(parameter, std=std)
 
-    def forward(self, tokens_BN: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, list[Routing]]:
+    def forward(
+        self, tokens_BN: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, list[Routing]]:
         """Predict the next token at every position.
 
         Args:
@@ -184,7 +218,9 @@ class LanguageModel(nn.Module):
             ValueError: the sequence is longer than max_seq_len.
         """
         if tokens_BN.shape[-1] > self.config.max_seq_len:
-            raise ValueError(f"sequence length {tokens_BN.shape[-1]} must be at most max_seq_len={self.config.max_seq_len}")
+            raise ValueError(
+                f"sequence length {tokens_BN.shape[-1]} must be at most max_seq_len={self.config.max_seq_len}"
+            )
         x, routings = self.embedding(tokens_BN), []
         for block in self.blocks:
             x, routing = block(x, padding_mask, tokens_BN)

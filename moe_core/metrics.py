@@ -5,17 +5,13 @@ tokens: balance over a step is not the mean of the balances of its parts. None c
 answer on the device.
 """
 
-from typing import TYPE_CHECKING, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ._validate import at_least
 from .routing import Routing
-
-if TYPE_CHECKING:
-    from .diagnosis import Findings
-    from .routing_log import RoutingLog
+from .validate import at_least
 
 Routings = Routing | Sequence[Routing]
 
@@ -106,7 +102,9 @@ def flipped_tokens(before: Routing, after: Routing, *, kept: bool = False) -> Te
         ValueError: the routings are of different tokens or numbers of experts.
     """
     if before.scores.shape != after.scores.shape:
-        raise ValueError(f"routings of {tuple(before.scores.shape)} and {tuple(after.scores.shape)} (B, N, E) cannot be compared")
+        raise ValueError(
+            f"routings of {tuple(before.scores.shape)} and {tuple(after.scores.shape)} (B, N, E) cannot be compared"
+        )
     differs_BN = (expert_sets(before, kept=kept) != expert_sets(after, kept=kept)).any(-1)
     return differs_BN & before.real_tokens & after.real_tokens
 
@@ -127,18 +125,9 @@ def expert_sets(routing: Routing, *, kept: bool = False) -> Tensor:
 def summary(routings: Routings) -> dict[str, float]:
     """The scalars of this file by name, and how many experts are dead; plain numbers, so a GPU is waited for."""
     scalars = max_violation, coefficient_of_variation, load_entropy, router_entropy, drop_rate
-    return {f.__name__: float(f(routings)) for f in scalars} | {"dead_experts": int(dead_experts(routings).sum())}
-
-
-def diagnose(history: "RoutingLog") -> "Findings":
-    """What is wrong with a run, by its ``RoutingLog``: findings with evidence and remedy, the worst first. See ``moe_core.diagnosis``.
-
-    Raises:
-        ValueError: no training step was logged, or their numbers of layers differ.
-    """
-    from .diagnosis import diagnose  # it reads logs, and logs are made of the functions above
-
-    return diagnose(history)
+    return {f.__name__: float(f(routings)) for f in scalars} | {
+        "dead_experts": int(dead_experts(routings).sum())
+    }
 
 
 def _several(routings: Routings) -> Sequence[Routing]:

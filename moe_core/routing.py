@@ -10,8 +10,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from ._validate import one_of
-
+from .validate import one_of
 
 WEIGHTS_ON = ("output", "input")
 
@@ -122,7 +121,9 @@ class Routing:
     def mean_score(self, scope: str = "batch") -> Tensor:
         """P_e, the mean score of expert e over real tokens; carries gradient. Scope as in ``slot_share``."""
         real_BN = self.real_tokens.to(self.scores.dtype)
-        total_BE = (self.scores * real_BN.unsqueeze(-1)).sum(1)  # no matmul: autocast would run it in bfloat16
+        total_BE = (self.scores * real_BN.unsqueeze(-1)).sum(
+            1
+        )  # no matmul: autocast would run it in bfloat16
         return _pool(total_BE, scope) / _pool(real_BN.sum(-1, keepdim=True), scope).clamp(min=1)
 
     @property
@@ -130,7 +131,9 @@ class Routing:
         """(B, N) bool: True where the token is not padding."""
         if self.padding_mask is not None:
             return self.padding_mask
-        return torch.ones(self.expert_indices.shape[:2], dtype=torch.bool, device=self.expert_indices.device)
+        return torch.ones(
+            self.expert_indices.shape[:2], dtype=torch.bool, device=self.expert_indices.device
+        )
 
     def with_losses(self, **losses: Tensor) -> "Routing":
         """The same routing with these weighted losses added."""
@@ -142,53 +145,98 @@ class Routing:
         For tests and debugging: it reads tensor values, so on a GPU it waits for the device.
         """
         slots, tokens, E = self.expert_indices.shape, self.expert_indices.shape[:2], self.n_experts
-        _require(self.weights_on in WEIGHTS_ON, f"weights_on={self.weights_on!r} must be one of {WEIGHTS_ON}")
-        _require(self.overflow in ("drop", "shared"), f"overflow={self.overflow!r} must be 'drop' or 'shared'")
+        _require(
+            self.weights_on in WEIGHTS_ON,
+            f"weights_on={self.weights_on!r} must be one of {WEIGHTS_ON}",
+        )
+        _require(
+            self.overflow in ("drop", "shared"),
+            f"overflow={self.overflow!r} must be 'drop' or 'shared'",
+        )
         for name, dtypes in {
-            "expert_indices": (torch.int64,), "expert_weights": (torch.float32, torch.float64),
-            "capacity_mask": (torch.bool,), "drop_reason": (torch.int8,),
+            "expert_indices": (torch.int64,),
+            "expert_weights": (torch.float32, torch.float64),
+            "capacity_mask": (torch.bool,),
+            "drop_reason": (torch.int8,),
         }.items():
             tensor = getattr(self, name)
-            _require(tensor.shape == slots, f"{name} has shape {tuple(tensor.shape)}, expert_indices {tuple(slots)}")
-            _require(tensor.dtype in dtypes, f"{name} has dtype {tensor.dtype}, must be {dtypes[0]}")
+            _require(
+                tensor.shape == slots,
+                f"{name} has shape {tuple(tensor.shape)}, expert_indices {tuple(slots)}",
+            )
+            _require(
+                tensor.dtype in dtypes, f"{name} has dtype {tensor.dtype}, must be {dtypes[0]}"
+            )
         for name in ("logits", "scores"):
             tensor = getattr(self, name)
-            _require(tensor.shape == (*tokens, E), f"{name} has shape {tuple(tensor.shape)}, must be {(*tokens, E)}")
-            _require(tensor.dtype in (torch.float32, torch.float64), f"{name} has dtype {tensor.dtype}, must be float32")
+            _require(
+                tensor.shape == (*tokens, E),
+                f"{name} has shape {tuple(tensor.shape)}, must be {(*tokens, E)}",
+            )
+            _require(
+                tensor.dtype in (torch.float32, torch.float64),
+                f"{name} has dtype {tensor.dtype}, must be float32",
+            )
         for name in ("expert_weights", "logits", "scores"):
             _require(bool(getattr(self, name).isfinite().all()), f"{name} holds NaN or infinity")
         real_BN = self.real_tokens
-        _require(real_BN.shape == tokens and real_BN.dtype == torch.bool, f"padding_mask must be bool of shape {tuple(tokens)}")
+        _require(
+            real_BN.shape == tokens and real_BN.dtype == torch.bool,
+            f"padding_mask must be bool of shape {tuple(tokens)}",
+        )
         in_range = (self.expert_indices >= 0) & (self.expert_indices < E)
         _require(bool(in_range.all()), f"expert_indices must lie in [0, {E})")
-        _require(torch.equal(self.capacity_mask, self.drop_reason == DropReason.KEPT.value), "capacity_mask and drop_reason disagree")
-        _require(not self.dropless or bool(self.capacity_mask.all()), "the routing is dropless, but not every slot is kept")
-        known = torch.isin(self.drop_reason, torch.tensor(list(DropReason), dtype=torch.int8, device=self.drop_reason.device))
+        _require(
+            torch.equal(self.capacity_mask, self.drop_reason == DropReason.KEPT.value),
+            "capacity_mask and drop_reason disagree",
+        )
+        _require(
+            not self.dropless or bool(self.capacity_mask.all()),
+            "the routing is dropless, but not every slot is kept",
+        )
+        known = torch.isin(
+            self.drop_reason,
+            torch.tensor(list(DropReason), dtype=torch.int8, device=self.drop_reason.device),
+        )
         _require(bool(known.all()), "drop_reason holds a code that is no DropReason")
         padding = self.drop_reason == DropReason.PADDING.value
         _require(not bool(padding[real_BN].any()), "a real token has the reason PADDING")
         over = self.drop_reason == DropReason.OVER_CAPACITY.value
-        _require(self.capacity is not None or not bool(over.any()), "a slot is over capacity, but capacity is None")
+        _require(
+            self.capacity is not None or not bool(over.any()),
+            "a slot is over capacity, but capacity is None",
+        )
         chosen_BNE = torch.zeros(*tokens, E, dtype=torch.int64, device=self.logits.device)
         chosen_BNE.scatter_add_(-1, self.expert_indices, self.selected_mask.long())
         _require(bool((chosen_BNE <= 1).all()), "an expert is chosen twice for one token")
-        _require(not bool(self.selected_mask[~real_BN].any()), "a padding token has a selected slot")
+        _require(
+            not bool(self.selected_mask[~real_BN].any()), "a padding token has a selected slot"
+        )
         if self.capacity is not None:
             kept = _pool(self._count(self.capacity_mask), self.capacity_scope)
             most = int(kept.max()) if kept.numel() else 0
-            _require(most <= self.capacity, f"an expert keeps {most} slots, capacity is {self.capacity}")
+            _require(
+                most <= self.capacity, f"an expert keeps {most} slots, capacity is {self.capacity}"
+            )
         if self.normalized:
             off = (self.expert_weights.sum(-1) - 1).abs()[real_BN]
             _require(bool((off < 1e-5).all()), "expert_weights of a token must sum to 1")
         for name, loss in self.losses.items():
-            _require(loss.ndim == 0 and bool(loss.isfinite()), f"losses[{name!r}] must be a finite scalar")
+            _require(
+                loss.ndim == 0 and bool(loss.isfinite()),
+                f"losses[{name!r}] must be a finite scalar",
+            )
         return self
 
     def _count(self, mask_BNK: Tensor) -> Tensor:
         """(B, E) int64: how many slots under the mask went to each expert. scatter_add_, since bincount waits for the GPU."""
         B = self.expert_indices.shape[0]
-        counts_BE = torch.zeros(B, self.n_experts, dtype=torch.int64, device=self.expert_indices.device)
-        return counts_BE.scatter_add_(-1, self.expert_indices.flatten(1), mask_BNK.flatten(1).long())
+        counts_BE = torch.zeros(
+            B, self.n_experts, dtype=torch.int64, device=self.expert_indices.device
+        )
+        return counts_BE.scatter_add_(
+            -1, self.expert_indices.flatten(1), mask_BNK.flatten(1).long()
+        )
 
 
 def _pool(values_BE: Tensor, scope: str) -> Tensor:

@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-PATIENCE, GRACE = 120, 5  # seconds until a program that does not come back is given up, and after another rank failed
+PATIENCE, GRACE = (
+    120,
+    5,
+)  # seconds until a program that does not come back is given up, and after another rank failed
 
 
 class Gang:
@@ -30,7 +33,11 @@ class Gang:
         self._pipes, self._processes = [], []
         for rank in range(n_ranks):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, n_ranks, str(Path(self._folder.name) / "store"), timeout, there), daemon=True)
+            process = context.Process(
+                target=_serve,
+                args=(rank, n_ranks, str(Path(self._folder.name) / "store"), timeout, there),
+                daemon=True,
+            )
             process.start()
             there.close()
             self._pipes.append(here)
@@ -42,7 +49,11 @@ class Gang:
 
     def run(self, program, argument=None) -> list:
         outcomes = self.outcomes(program, argument)
-        failures = [f"rank {rank} of {self.n_ranks}:\n{value}" for rank, (ok, value) in enumerate(outcomes) if not ok]
+        failures = [
+            f"rank {rank} of {self.n_ranks}:\n{value}"
+            for rank, (ok, value) in enumerate(outcomes)
+            if not ok
+        ]
         assert not failures, "\n".join(failures)
         return [value for _, value in outcomes]
 
@@ -51,7 +62,10 @@ class Gang:
         where one does not (it may wait for the one that failed), the gang is ended."""
         for pipe in self._pipes:
             pipe.send((program, argument))
-        waiting, outcomes = dict(zip(self._pipes, range(self.n_ranks))), [(False, "no answer")] * self.n_ranks
+        waiting, outcomes = (
+            dict(zip(self._pipes, range(self.n_ranks))),
+            [(False, "no answer")] * self.n_ranks,
+        )
         end = time.monotonic() + PATIENCE
         while waiting and time.monotonic() < end:
             for pipe in wait(list(waiting), timeout=max(0.0, end - time.monotonic())):
@@ -77,7 +91,13 @@ class Gang:
 def _serve(rank: int, n_ranks: int, store: str, timeout: float, pipe) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, n_ranks), rank=rank, world_size=n_ranks, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, n_ranks),
+        rank=rank,
+        world_size=n_ranks,
+        timeout=timedelta(seconds=timeout),
+    )
     while True:
         program, argument = pipe.recv()  # ends with EOFError when the test process is gone
         try:

@@ -5,6 +5,7 @@ The scripts they need go into book/_static/vendor, from installed packages; the 
 vendor/ is never committed: plotly.min.js comes out of the plotly wheel, MathJax out of django-static-mathjax (of which only the one
 component in use and its fonts are taken), the scripts and styles of the figures from moe_book.
 """
+
 import re
 import shutil
 from importlib.util import find_spec
@@ -24,7 +25,9 @@ def package(name: str) -> Path:
     """
     spec = find_spec(name)
     if spec is None:
-        raise RuntimeError(f"the book's pages need the package {name!r}, which is not installed: pip install -r requirements.txt")
+        raise RuntimeError(
+            f"the book's pages need the package {name!r}, which is not installed: pip install -r requirements.txt"
+        )
     return Path(spec.origin).parent
 
 
@@ -44,8 +47,12 @@ def sources() -> dict[str, Path]:
 def outdated(app, _env, _added, _changed, _removed) -> list[str]:
     """A page to write again when a static file is newer than its copy: Sphinx copies these files only when it writes a page."""
     source, built = Path(app.srcdir) / "book/_static", Path(app.outdir) / "_static"
-    copies = [(file, built / file.relative_to(source)) for file in source.rglob("*") if file.is_file()]
-    stale = any(not copy.exists() or copy.stat().st_mtime < file.stat().st_mtime for file, copy in copies)
+    copies = [
+        (file, built / file.relative_to(source)) for file in source.rglob("*") if file.is_file()
+    ]
+    stale = any(
+        not copy.exists() or copy.stat().st_mtime < file.stat().st_mtime for file, copy in copies
+    )
     return [app.config.root_doc] if stale else []
 
 
@@ -61,9 +68,18 @@ def vendor(app, _config) -> None:
 
 # What the theme and docutils write, and what it must be: each with its reason.
 REPAIRS = [
-    (r'<link rel="preload" as="font"[^>]*>', ""),  # with `crossorigin`, which a page opened as a file may not use; the CSS loads the fonts
-    (r'<div class="bd-sidebar-primary', r'<div role="complementary" aria-label="Book" class="bd-sidebar-primary'),  # its logo is in no landmark
-    (r'role="list" (class="citation-list")', r"\1"),  # a list without list items is worse than none to a screen reader
+    (
+        r'<link rel="preload" as="font"[^>]*>',
+        "",
+    ),  # with `crossorigin`, which a page opened as a file may not use; the CSS loads the fonts
+    (
+        r'<div class="bd-sidebar-primary',
+        r'<div role="complementary" aria-label="Book" class="bd-sidebar-primary',
+    ),  # its logo is in no landmark
+    (
+        r'role="list" (class="citation-list")',
+        r"\1",
+    ),  # a list without list items is worse than none to a screen reader
     (r' role="doc-biblioentry"', ""),  # deprecated
 ]
 
@@ -77,7 +93,11 @@ def repaired(html: str) -> str:
 
 def page(_app, _pagename, _templatename, context, _doctree) -> None:
     """Leave out thebe, which runs code on a public server: jupyter-book loads its script, which throws, even when it is switched off."""
-    context["script_files"] = [js for js in context["script_files"] if "thebe" not in f"{js.filename} {js.attributes}".lower()]
+    context["script_files"] = [
+        js
+        for js in context["script_files"]
+        if "thebe" not in f"{js.filename} {js.attributes}".lower()
+    ]
     context["css_files"] = [css for css in context["css_files"] if "thebe" not in str(css.filename)]
     context["repaired"] = lambda html: Markup(repaired(html))
     context["body"] = repaired(context.get("body", ""))

@@ -1,4 +1,5 @@
 """The controls of an Explorer: what values each takes, where it starts, what it is called."""
+
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,12 +27,25 @@ class Control:
     def __post_init__(self):
         values = [v.item() if hasattr(v, "item") else v for v in self.values]
         object.__setattr__(self, "values", values)
-        kinds = {bool if isinstance(v, bool) else str if isinstance(v, str) else float if _is_number(v) else None for v in values}
+        kinds = {
+            bool
+            if isinstance(v, bool)
+            else str
+            if isinstance(v, str)
+            else float
+            if _is_number(v)
+            else None
+            for v in values
+        }
         if len(kinds) > 1 or not kinds <= {bool, str, float}:
-            raise ValueError(f"values={values!r} must be all finite numbers, all words, or False and True")
+            raise ValueError(
+                f"values={values!r} must be all finite numbers, all words, or False and True"
+            )
         if len(values) < 2 or len(set(values)) < len(values):
             raise ValueError(f"values={values!r} must have at least 2 entries, all different")
-        object.__setattr__(self, "start", values[0] if self.start is None else self.on_grid("start", self.start))
+        object.__setattr__(
+            self, "start", values[0] if self.start is None else self.on_grid("start", self.start)
+        )
 
     def on_grid(self, name: str, value):
         """The entry of values that equals value, else ValueError."""
@@ -44,16 +58,32 @@ class Control:
     def kind(self) -> str:
         """ "switch", "select", or how numbers are chosen: "range", "step" for a Step."""
         first = self.values[0]
-        return "switch" if isinstance(first, bool) else "select" if isinstance(first, str) else self.kind_of_numbers
+        return (
+            "switch"
+            if isinstance(first, bool)
+            else "select"
+            if isinstance(first, str)
+            else self.kind_of_numbers
+        )
 
     def spec(self, name: str) -> dict:
         """What explorer.js needs to draw the control."""
         label = self.label or name.replace("_", " ").capitalize()
-        return {"kind": self.kind, "label": label, "unit": self.unit, "values": self.values, "start": self.values.index(self.start)}
+        return {
+            "kind": self.kind,
+            "label": label,
+            "unit": self.unit,
+            "values": self.values,
+            "start": self.values.index(self.start),
+        }
 
     def widget(self, name: str, value) -> ipywidgets.Widget:
         """An ipywidgets control over the whole range between the smallest and the largest value."""
-        common = {"description": self.spec(name)["label"], "value": value, "style": {"description_width": "initial"}}
+        common = {
+            "description": self.spec(name)["label"],
+            "value": value,
+            "style": {"description_width": "initial"},
+        }
         if self.kind == "switch":
             return ipywidgets.Checkbox(**common)
         if self.kind == "select":
@@ -61,7 +91,13 @@ class Control:
         low, high = min(self.values), max(self.values)
         whole = all(isinstance(v, int) for v in self.values)
         slider = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
-        return slider(min=low, max=high, step=1 if whole else (high - low) / 100, continuous_update=False, **common)
+        return slider(
+            min=low,
+            max=high,
+            step=1 if whole else (high - low) / 100,
+            continuous_update=False,
+            **common,
+        )
 
 
 @dataclass(frozen=True)
@@ -97,7 +133,9 @@ def as_control(name: str, given) -> Control:
             return Control(given)
     except ValueError as error:
         raise ValueError(f"control {name}: {error}") from None
-    raise TypeError(f"control {name}={given!r} must be a list of values, a bool, Control(...) or Step(...)")
+    raise TypeError(
+        f"control {name}={given!r} must be a list of values, a bool, Control(...) or Step(...)"
+    )
 
 
 def _is_number(v) -> bool:

@@ -8,6 +8,7 @@ the text above. It is called once for every combination of the controls' values 
 between these frames. The same explorer.js draws them in a notebook, as an anywidget, and on a published page, which needs neither a kernel
 nor a network.
 """
+
 import gzip
 import html
 import inspect
@@ -60,12 +61,24 @@ class Explorer(anywidget.AnyWidget):
             combinations or its frames take more than 300 KB.
     """
 
-    _esm = (HERE / "explorer.js").read_text("utf8") + "\nexport default { render: MoeExplorer.render };\n"
+    _esm = (HERE / "explorer.js").read_text(
+        "utf8"
+    ) + "\nexport default { render: MoeExplorer.render };\n"
     _css = (HERE / "explorer.css").read_text("utf8")
     payload = traitlets.Dict().tag(sync=True)
     state = traitlets.Dict().tag(sync=True)
 
-    def __init__(self, figure, /, *, title: str, alt: str, height: int | None = None, describe=None, **controls):
+    def __init__(
+        self,
+        figure,
+        /,
+        *,
+        title: str,
+        alt: str,
+        height: int | None = None,
+        describe=None,
+        **controls,
+    ):
         for name, text in (("title", title), ("alt", alt)):
             if not (isinstance(text, str) and text.strip()):
                 raise ValueError(f"{name}={text!r} must be a sentence")
@@ -85,7 +98,9 @@ class Explorer(anywidget.AnyWidget):
     def live(self) -> ipywidgets.VBox:
         """The same figure with ipywidgets controls, recomputed by the kernel between the grid's values. Needs a kernel."""
         shown = Explorer(self.at(), title=self._title, alt=self._alt, height=self._height)
-        widgets = {name: control.widget(name, self.state[name]) for name, control in self._controls.items()}
+        widgets = {
+            name: control.widget(name, self.state[name]) for name, control in self._controls.items()
+        }
 
         def redraw(_change):
             values = {name: widget.value for name, widget in widgets.items()}
@@ -99,15 +114,27 @@ class Explorer(anywidget.AnyWidget):
 
     def __repr__(self) -> str:
         """`Explorer(3 controls, 36 frames, 7f3a90c1)`: stable between machines, different when a figure shows something else."""
-        counted = [f"{n} {word}{'' if n == 1 else 's'}" for n, word in ((len(self._controls), "control"), (self._n_frames, "frame"))]
+        counted = [
+            f"{n} {word}{'' if n == 1 else 's'}"
+            for n, word in ((len(self._controls), "control"), (self._n_frames, "frame"))
+        ]
         return f"Explorer({', '.join(counted)}, {self._digest})"
 
     def _repr_mimebundle_(self, **kwargs):
         bundle, metadata = super()._repr_mimebundle_(**kwargs)
         # "<" could close the script element (or open a comment in it); as \u003c it is the same JSON and plain text to a browser.
-        payload = json.dumps(self.payload, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
-        bundle["text/html"] = STATIC.format(digest=self._digest, title=html.escape(self._title), height=self.payload["height"],
-                                            alt=html.escape(self._alt), fallback=FALLBACK, payload=payload, passage=self._still)
+        payload = json.dumps(self.payload, separators=(",", ":"), ensure_ascii=False).replace(
+            "<", "\\u003c"
+        )
+        bundle["text/html"] = STATIC.format(
+            digest=self._digest,
+            title=html.escape(self._title),
+            height=self.payload["height"],
+            alt=html.escape(self._alt),
+            fallback=FALLBACK,
+            payload=payload,
+            passage=self._still,
+        )
         return bundle, metadata
 
     def _starts(self) -> dict:
@@ -120,22 +147,44 @@ class Explorer(anywidget.AnyWidget):
         self._n_frames = len(settings)
         if len(settings) > MAX_FRAMES:
             sizes = " x ".join(f"{name}: {len(c.values)}" for name, c in self._controls.items())
-            raise ValueError(f"the grid has {len(settings)} combinations ({sizes}); it must have at most {MAX_FRAMES}")
+            raise ValueError(
+                f"the grid has {len(settings)} combinations ({sizes}); it must have at most {MAX_FRAMES}"
+            )
         shown = [_parts(self._figure(**setting), setting) for setting in settings]
         if len({(passage is None, figure is None) for passage, figure in shown}) > 1:
-            raise TypeError("figure must return the same kind for every setting: a plotly Figure, a Passage, or both")
+            raise TypeError(
+                "figure must return the same kind for every setting: a plotly Figure, a Passage, or both"
+            )
         trees = [self._tree(*parts, setting) for parts, setting in zip(shown, settings)]
-        controls = [{"name": name, **control.spec(name)} for name, control in self._controls.items()]
+        controls = [
+            {"name": name, **control.spec(name)} for name, control in self._controls.items()
+        ]
         self._digest = digest([controls, trees])
-        start = next((passage for (passage, _), setting in zip(shown, settings) if setting == self._starts()), None)
+        start = next(
+            (
+                passage
+                for (passage, _), setting in zip(shown, settings)
+                if setting == self._starts()
+            ),
+            None,
+        )
         self._still = start.html() if start else ""
         height = 0 if shown[0][1] is None else self._height or trees[0]["layout"].get("height", 400)
-        payload = {"title": self._title, "alt": self._alt, "height": height,
-                   "controls": controls, "template": theme.TEMPLATE, "colors": theme.TOKENS, **pack(trees)}
+        payload = {
+            "title": self._title,
+            "alt": self._alt,
+            "height": height,
+            "controls": controls,
+            "template": theme.TEMPLATE,
+            "colors": theme.TOKENS,
+            **pack(trees),
+        }
         size = len(json.dumps(payload, separators=(",", ":"), ensure_ascii=False).encode())
         if size > MAX_BYTES:
-            raise ValueError(f"the {len(settings)} frames take {size // 1000} KB; they must take at most {MAX_BYTES // 1000} KB: "
-                             "use fewer values for a control, or fewer points in the figure")
+            raise ValueError(
+                f"the {len(settings)} frames take {size // 1000} KB; they must take at most {MAX_BYTES // 1000} KB: "
+                "use fewer values for a control, or fewer points in the figure"
+            )
         self.payload = payload
 
     def _tree(self, passage, figure, setting: dict) -> dict:
@@ -152,14 +201,20 @@ class Explorer(anywidget.AnyWidget):
                 if function is not None:
                     inspect.signature(function).bind(**dict.fromkeys(self._controls))
             except TypeError as error:
-                raise TypeError(f"{role} does not take the controls {list(self._controls)}: {error}") from None
+                raise TypeError(
+                    f"{role} does not take the controls {list(self._controls)}: {error}"
+                ) from None
 
     @traitlets.validate("state")
     def _on_grid(self, proposal):
         state = dict(proposal["value"])
         if set(state) != set(self._controls):
-            raise traitlets.TraitError(f"state={state} must have exactly the controls {list(self._controls)}")
-        return {name: control.on_grid(name, state[name]) for name, control in self._controls.items()}
+            raise traitlets.TraitError(
+                f"state={state} must have exactly the controls {list(self._controls)}"
+            )
+        return {
+            name: control.on_grid(name, state[name]) for name, control in self._controls.items()
+        }
 
     def _answer(self, _widget, content, _buffers):
         """A notebook's page that has no plotly yet asks for it here: it comes from the installed package, not from the network."""
@@ -173,10 +228,14 @@ def _parts(drawn, setting: dict) -> tuple:
         return drawn
     if isinstance(drawn, (Passage, go.Figure)):
         return (drawn, None) if isinstance(drawn, Passage) else (None, drawn)
-    raise TypeError(f"figure(**{setting}) returned {type(drawn).__name__}; it must return a plotly Figure, a Passage, or (Passage, Figure)")
+    raise TypeError(
+        f"figure(**{setting}) returned {type(drawn).__name__}; it must return a plotly Figure, a Passage, or (Passage, Figure)"
+    )
 
 
 @cache
 def _plotly_js() -> bytes:
     # Compressed, 1.5 MB instead of 4.8: Jupyter drops output that arrives faster than 1 MB a second.
-    return gzip.compress((Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_bytes(), mtime=0)
+    return gzip.compress(
+        (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_bytes(), mtime=0
+    )

@@ -3,6 +3,7 @@
 A frame is a tree of dicts, lists and leaves. pack() keeps the first one whole; wherever frames differ it stores the path, the different
 values that occur there, and which of them each frame has. Two controls that each change another trace so cost a sum, not a product.
 """
+
 import base64
 import hashlib
 import json
@@ -39,7 +40,13 @@ def pack(trees: list[dict]) -> dict:
         found = [json.dumps(_look(tree, path)) for tree in trees]
         distinct = list(dict.fromkeys(found))
         number = {text: i for i, text in enumerate(distinct)}
-        varying.append({"path": list(path), "values": [json.loads(text) for text in distinct], "at": [number[text] for text in found]})
+        varying.append(
+            {
+                "path": list(path),
+                "values": [json.loads(text) for text in distinct],
+                "at": [number[text] for text in found],
+            }
+        )
     return {"base": trees[0], "varying": varying}
 
 
@@ -86,9 +93,20 @@ def _differences(trees: list, path: tuple) -> list[tuple]:
         return []
     if all(isinstance(tree, dict) for tree in trees):
         keys = dict.fromkeys(key for tree in trees for key in tree)
-        return [p for key in keys for p in _differences([tree.get(key) for tree in trees], (*path, key))]
-    if all(isinstance(tree, list) and len(tree) == len(first) and all(isinstance(v, dict) for v in tree) for tree in trees):
-        return [p for i in range(len(first)) for p in _differences([tree[i] for tree in trees], (*path, i))]
+        return [
+            p for key in keys for p in _differences([tree.get(key) for tree in trees], (*path, key))
+        ]
+    if all(
+        isinstance(tree, list)
+        and len(tree) == len(first)
+        and all(isinstance(v, dict) for v in tree)
+        for tree in trees
+    ):
+        return [
+            p
+            for i in range(len(first))
+            for p in _differences([tree[i] for tree in trees], (*path, i))
+        ]
     return [path]
 
 

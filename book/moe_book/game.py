@@ -14,9 +14,10 @@ from functools import cached_property
 from pathlib import Path
 
 import anywidget
-import moe_core
 import torch
 import traitlets
+
+import moe_core
 from moe_core import Routing, TopKRouter, metrics
 from moe_core.routers.balanced_assignment import balanced_assignment
 from moe_core.routing import DropReason
@@ -29,8 +30,10 @@ NOBODY = -1  # in a list of choices: this word is sent to no expert
 STATIC = """<figure class="moe-game" data-digest="{digest}"><figcaption>{title}</figcaption>
 <div class="moe-game-still"><p>{alt}</p>{table}<p><em>This game is played in the published book, or when you run the cell.</em></p></div>
 <script type="application/json">{payload}</script></figure>"""
-ALT = ("A board with a word in each row and an expert in each column. A number says how well the expert suits the word. You choose one expert for each "
-       "word; an expert has only so many places, and words beyond them are dropped.")
+ALT = (
+    "A board with a word in each row and an expert in each column. A number says how well the expert suits the word. You choose one expert for each "
+    "word; an expert has only so many places, and words beyond them are dropped."
+)
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,10 @@ class Outcome:
         index_T, kept_T = routing.expert_indices[0, :, 0], routing.capacity_mask[0, :, 0]
         wished_T = routing.selected_mask[0, :, 0]
         return cls(
-            experts=torch.where(wished_T, index_T, NOBODY).tolist(), kept=kept_T.tolist(),
-            score=float(routing.expert_weights.detach()[0, :, 0][kept_T].sum()), dropped=int((~kept_T).sum()) - left_out,
+            experts=torch.where(wished_T, index_T, NOBODY).tolist(),
+            kept=kept_T.tolist(),
+            score=float(routing.expert_weights.detach()[0, :, 0][kept_T].sum()),
+            dropped=int((~kept_T).sum()) - left_out,
             imbalance=float(metrics.max_violation(routing)),
         )
 
@@ -86,7 +91,9 @@ class Puzzle:
 
     def __post_init__(self):
         if not len(self.words) == len(self.scores) == len(self.learned):
-            raise ValueError(f"{len(self.words)} words, {len(self.scores)} rows of scores, {len(self.learned)} learned choices: must be as many")
+            raise ValueError(
+                f"{len(self.words)} words, {len(self.scores)} rows of scores, {len(self.learned)} learned choices: must be as many"
+            )
         off = (self.scores_TE.sum(-1) - 1).abs().max()
         if off > 1e-9 or bool((self.scores_TE <= 0).any()):
             raise ValueError("scores of a word must be positive and sum to 1")
@@ -100,15 +107,25 @@ class Puzzle:
         """Each word to one expert, before capacity: to its best one, or as given (NOBODY: to none)."""
         E = self.scores_TE.shape[-1]
         router = TopKRouter(E, E, top_k=1, norm_topk_prob=False).double()
-        router.weight.data = torch.eye(E).double()  # the logits are then the logarithms of the scores
+        router.weight.data = torch.eye(
+            E
+        ).double()  # the logits are then the logarithms of the scores
         routing = router(self.scores_TE.log().unsqueeze(0))
         if experts is None:
             return routing
         index_BNK = torch.tensor(experts).view(1, -1, 1)
         chosen_BNK, index_BNK = index_BNK != NOBODY, index_BNK.clamp(min=0)
-        reason_BNK = torch.where(chosen_BNK, DropReason.KEPT, DropReason.NOT_SELECTED).to(torch.int8)
-        return replace(routing, expert_indices=index_BNK, expert_weights=routing.scores.gather(-1, index_BNK), capacity_mask=chosen_BNK,
-                       drop_reason=reason_BNK, dropless=False)
+        reason_BNK = torch.where(chosen_BNK, DropReason.KEPT, DropReason.NOT_SELECTED).to(
+            torch.int8
+        )
+        return replace(
+            routing,
+            expert_indices=index_BNK,
+            expert_weights=routing.scores.gather(-1, index_BNK),
+            capacity_mask=chosen_BNK,
+            drop_reason=reason_BNK,
+            dropless=False,
+        )
 
     def play(self, experts=None, drop_policy: str = "position") -> Outcome:
         """What becomes of these choices (None: each word's best expert) when the experts are full. A word not sent yet is not dropped.
@@ -117,7 +134,9 @@ class Puzzle:
             ValueError: drop_policy is unknown.
         """
         left_out = 0 if experts is None else list(experts).count(NOBODY)
-        routing = moe_core.capacity.apply(self.wishes(experts), expert_capacity=self.capacity, drop_policy=drop_policy)
+        routing = moe_core.capacity.apply(
+            self.wishes(experts), expert_capacity=self.capacity, drop_policy=drop_policy
+        )
         return Outcome.of(routing.check(), left_out)
 
     @cached_property
@@ -146,10 +165,26 @@ class Puzzle:
 
     def to_dict(self) -> dict:
         """What game.js needs, as plain values; sums are rounded to 4 digits."""
-        rivals = [{"name": name, "experts": o.experts, "kept": o.kept, "score": round(o.score, 4), "dropped": o.dropped, "imbalance": round(o.imbalance, 4)}
-                  for name, o in self.rivals.items()]
-        return {"title": self.title, "says": self.says, "words": self.words, "scores": self.scores, "capacity": self.capacity,
-                "oneByOne": self.one_by_one, "rivals": rivals}
+        rivals = [
+            {
+                "name": name,
+                "experts": o.experts,
+                "kept": o.kept,
+                "score": round(o.score, 4),
+                "dropped": o.dropped,
+                "imbalance": round(o.imbalance, 4),
+            }
+            for name, o in self.rivals.items()
+        ]
+        return {
+            "title": self.title,
+            "says": self.says,
+            "words": self.words,
+            "scores": self.scores,
+            "capacity": self.capacity,
+            "oneByOne": self.one_by_one,
+            "rivals": rivals,
+        }
 
 
 def stored_puzzles() -> list[Puzzle]:
@@ -185,7 +220,12 @@ class RouterGame(anywidget.AnyWidget):
             raise ValueError(f"title={title!r} must be a sentence")
         super().__init__()
         n_experts = max(puzzle.scores_TE.shape[-1] for puzzle in self.puzzles)
-        self.payload = {"title": title, "alt": ALT, "colors": theme.expert_colors(n_experts), "puzzles": [puzzle.to_dict() for puzzle in self.puzzles]}
+        self.payload = {
+            "title": title,
+            "alt": ALT,
+            "colors": theme.expert_colors(n_experts),
+            "puzzles": [puzzle.to_dict() for puzzle in self.puzzles],
+        }
         self.state = {"puzzle": 0, "experts": [NOBODY] * len(self.puzzles[0].words)}
 
     def outcome(self) -> Outcome:
@@ -199,9 +239,16 @@ class RouterGame(anywidget.AnyWidget):
 
     def _repr_mimebundle_(self, **kwargs):
         bundle, metadata = super()._repr_mimebundle_(**kwargs)
-        payload = json.dumps(self.payload, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
-        bundle["text/html"] = STATIC.format(digest=digest(self.payload), title=html.escape(self.payload["title"]), alt=ALT, payload=payload,
-                                            table=_still(self.puzzles[0]))
+        payload = json.dumps(self.payload, separators=(",", ":"), ensure_ascii=False).replace(
+            "<", "\\u003c"
+        )
+        bundle["text/html"] = STATIC.format(
+            digest=digest(self.payload),
+            title=html.escape(self.payload["title"]),
+            alt=ALT,
+            payload=payload,
+            table=_still(self.puzzles[0]),
+        )
         return bundle, metadata
 
     @traitlets.validate("state")
@@ -211,16 +258,24 @@ class RouterGame(anywidget.AnyWidget):
             raise traitlets.TraitError(f"state={state} must have exactly 'puzzle' and 'experts'")
         number, experts = state["puzzle"], list(state["experts"])
         if number not in range(len(self.puzzles)):
-            raise traitlets.TraitError(f"puzzle={number!r} must be between 0 and {len(self.puzzles) - 1}")
+            raise traitlets.TraitError(
+                f"puzzle={number!r} must be between 0 and {len(self.puzzles) - 1}"
+            )
         T, E = self.puzzles[number].scores_TE.shape
         if len(experts) != T or not all(e in range(NOBODY, E) for e in experts):
-            raise traitlets.TraitError(f"experts={experts} must be {T} numbers between {NOBODY} and {E - 1}")
+            raise traitlets.TraitError(
+                f"experts={experts} must be {T} numbers between {NOBODY} and {E - 1}"
+            )
         return {"puzzle": int(number), "experts": [int(e) for e in experts]}
 
 
 def _still(puzzle: Puzzle) -> str:
     """The first board as a table, for a page whose scripts do not run."""
     head = "".join(f'<th scope="col">expert {e}</th>' for e in range(puzzle.scores_TE.shape[-1]))
-    rows = "".join(f'<tr><th scope="row">{html.escape(word)}</th>' + "".join(f"<td>{s:.2f}</td>" for s in row) + "</tr>"
-                   for word, row in zip(puzzle.words, puzzle.scores))
+    rows = "".join(
+        f'<tr><th scope="row">{html.escape(word)}</th>'
+        + "".join(f"<td>{s:.2f}</td>" for s in row)
+        + "</tr>"
+        for word, row in zip(puzzle.words, puzzle.scores)
+    )
     return f'<table><thead><tr><th scope="col">word</th>{head}</tr></thead><tbody>{rows}</tbody></table>'

@@ -3,6 +3,7 @@
 It is HTML rather than a drawing: it wraps where the page wraps, can be selected and copied, and hundreds of tokens change colour in a few
 milliseconds. explorer.js draws its frames; html() is one of them, readable before any script.
 """
+
 import html
 from dataclasses import dataclass
 
@@ -35,8 +36,19 @@ class Passage:
 
     def tree(self) -> dict:
         """The passage as plain JSON values, its legend as HTML."""
-        fields = ("words", "groups", "experts", "colors", "kept", "amount", "amount_label", "amount_max")
-        return {name: getattr(self, name) for name in fields if getattr(self, name) is not None} | {"legend": self._legend()}
+        fields = (
+            "words",
+            "groups",
+            "experts",
+            "colors",
+            "kept",
+            "amount",
+            "amount_label",
+            "amount_max",
+        )
+        return {name: getattr(self, name) for name in fields if getattr(self, name) is not None} | {
+            "legend": self._legend()
+        }
 
     def html(self) -> str:
         """The passage without its tooltips and its table, which are the script's."""
@@ -44,7 +56,9 @@ class Passage:
         for size in self.groups:
             tiles = "".join(self._tile(i) for i in range(t, t + size))
             t += size
-            words.append(f'<span class="moe-word">{tiles}</span>{"<br>" if self.words[t - 1].endswith("⏎") else ""}')
+            words.append(
+                f'<span class="moe-word">{tiles}</span>{"<br>" if self.words[t - 1].endswith("⏎") else ""}'
+            )
         return f'<div class="moe-text"><p class="moe-words">{"".join(words)}</p><p class="moe-legend">{self._legend()}</p></div>'
 
     def _tile(self, t: int) -> str:
@@ -61,9 +75,14 @@ class Passage:
     def _legend(self) -> str:
         parts = []
         if self.amount is not None:
-            parts.append(f'<span class="moe-key">{html.escape(self.amount_label)} 0<i class="moe-ramp"></i>{self.amount_max:.4g}</span>')
+            parts.append(
+                f'<span class="moe-key">{html.escape(self.amount_label)} 0<i class="moe-ramp"></i>{self.amount_max:.4g}</span>'
+            )
         if self.experts is not None and len(self.colors) <= MAX_LEGEND:
-            parts += [f'<span class="moe-key"><i class="moe-token" style="--c:{c}"></i>{"expert " * (e == 0)}{e}</span>' for e, c in enumerate(self.colors)]
+            parts += [
+                f'<span class="moe-key"><i class="moe-token" style="--c:{c}"></i>{"expert " * (e == 0)}{e}</span>'
+                for e, c in enumerate(self.colors)
+            ]
         if self.kept is not None:
             parts.append('<span class="moe-key"><i class="moe-token moe-hollow"></i>dropped</span>')
         return "".join(parts)

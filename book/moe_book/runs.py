@@ -43,15 +43,21 @@ def save(name: str, *, config: dict, seeds: list[int], results: dict) -> Path:
         "name": name,
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__.split("+")[0]},
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-                    "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None},
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
         "config": config,
         "seeds": seeds,
         "results": rounded(results),
     }
     path = FOLDER / f"{name}.json"
     text = json.dumps(record, indent=1, sort_keys=True, separators=(",", ": "), allow_nan=False)
-    text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: "[" + re.sub(r",\n\s*", ",", found[1]) + "]", text)  # a list of numbers, a line
+    text = re.sub(
+        r"\[\s+([^][{}]*?)\s+\]", lambda found: "[" + re.sub(r",\n\s*", ",", found[1]) + "]", text
+    )  # a list of numbers, a line
     path.write_text(text + "\n")
     return path
 
@@ -66,7 +72,9 @@ def load(name: str) -> dict:
     for folder in (FOLDER, Path(__file__).resolve().parent / "stored_runs"):
         if (folder / f"{name}.json").is_file():
             return json.loads((folder / f"{name}.json").read_text())
-    raise FileNotFoundError(f"no stored run {name!r}; there are {sorted(p.stem for p in FOLDER.glob('*.json'))}")
+    raise FileNotFoundError(
+        f"no stored run {name!r}; there are {sorted(p.stem for p in FOLDER.glob('*.json'))}"
+    )
 
 
 def reproductions() -> list[dict]:
@@ -76,7 +84,9 @@ def reproductions() -> list[dict]:
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
         for key, claim in record["config"].get("claims", {}).items():
-            found.append({"run": path.stem, "id": key, **claim, **record["results"]["verdicts"][key]})
+            found.append(
+                {"run": path.stem, "id": key, **claim, **record["results"]["verdicts"][key]}
+            )
     return found
 
 

@@ -4,9 +4,10 @@ import time
 from dataclasses import asdict, dataclass, field
 
 import torch
+from tqdm.auto import tqdm
+
 from moe_core import LanguageModel
 from moe_core.lm import next_token_loss
-from tqdm.auto import tqdm
 
 from .corpus import Corpus
 
@@ -41,27 +42,51 @@ class History:
         from .figures import curves  # plotly is not needed to train
 
         series = {"training batch": self.loss, "held-out text": self.valid_loss}
-        return curves(series, x={"training batch": self.step, "held-out text": self.eval_step}, y_title="loss (nats per byte)")
+        return curves(
+            series,
+            x={"training batch": self.step, "held-out text": self.eval_step},
+            y_title="loss (nats per byte)",
+        )
 
 
 @torch.no_grad()
-def evaluate(model: LanguageModel, corpus: Corpus, *, batches: int = 8, batch_size: int = 16, seq_len: int = 128,
-             domain: str | None = None) -> float:
+def evaluate(
+    model: LanguageModel,
+    corpus: Corpus,
+    *,
+    batches: int = 8,
+    batch_size: int = 16,
+    seq_len: int = 128,
+    domain: str | None = None,
+) -> float:
     """Mean cross-entropy on held-out text, in nats per byte, always over the same windows."""
     device, was_training = next(model.parameters()).device, model.training
     generator = torch.Generator().manual_seed(12345)
     model.eval()
     losses = []
     for _ in range(batches):
-        tokens, _labels = corpus.batch(batch_size, seq_len, generator=generator, split="valid", domain=domain)
+        tokens, _labels = corpus.batch(
+            batch_size, seq_len, generator=generator, split="valid", domain=domain
+        )
         tokens = tokens.to(device)
         losses.append(float(next_token_loss(model(tokens)[0], tokens)))
     model.train(was_training)
     return sum(losses) / len(losses)
 
 
-def train(model: LanguageModel, corpus: Corpus, *, steps: int, batch_size: int = 16, seq_len: int = 128, lr: float = 3e-3,
-          seed: int = 0, eval_every: int | None = None, progress: bool = True, on_step=None) -> History:
+def train(
+    model: LanguageModel,
+    corpus: Corpus,
+    *,
+    steps: int,
+    batch_size: int = 16,
+    seq_len: int = 128,
+    lr: float = 3e-3,
+    seed: int = 0,
+    eval_every: int | None = None,
+    progress: bool = True,
+    on_step=None,
+) -> History:
     """Train a language model on the corpus with AdamW, a short warm-up and cosine decay.
 
     Args:
@@ -79,11 +104,21 @@ def train(model: LanguageModel, corpus: Corpus, *, steps: int, batch_size: int =
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [
-        torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup),
-        torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps - warmup), eta_min=lr / 10),
-    ], milestones=[warmup])
-    routers = [block.feed_forward.router for block in model.blocks if hasattr(block.feed_forward, "router")]
+    schedule = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(
+                optimizer, start_factor=1 / warmup, total_iters=warmup
+            ),
+            torch.optim.lr_scheduler.CosineAnnealingLR(
+                optimizer, T_max=max(1, steps - warmup), eta_min=lr / 10
+            ),
+        ],
+        milestones=[warmup],
+    )
+    routers = [
+        block.feed_forward.router for block in model.blocks if hasattr(block.feed_forward, "router")
+    ]
     history = History()
     model.train()
     bar = tqdm(range(1, steps + 1), disable=not progress, unit="step", mininterval=1.0)
@@ -92,7 +127,9 @@ def train(model: LanguageModel, corpus: Corpus, *, steps: int, batch_size: int =
         tokens = corpus.batch(batch_size, seq_len, generator=generator)[0].to(device)
         logits, routings = model(tokens)
         loss = next_token_loss(logits, tokens)
-        aux_loss = sum((routing.aux_loss for routing in routings), start=torch.zeros((), device=device))
+        aux_loss = sum(
+            (routing.aux_loss for routing in routings), start=torch.zeros((), device=device)
+        )
         optimizer.zero_grad(set_to_none=True)
         (loss + aux_loss).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -103,12 +140,19 @@ def train(model: LanguageModel, corpus: Corpus, *, steps: int, batch_size: int =
         history.step.append(step)
         history.loss.append(loss.item())
         history.aux_loss.append(aux_loss.item())
-        history.load.append([(r.tokens_per_expert / r.tokens_per_expert.sum().clamp(min=1)).tolist() for r in routings])
+        history.load.append(
+            [
+                (r.tokens_per_expert / r.tokens_per_expert.sum().clamp(min=1)).tolist()
+                for r in routings
+            ]
+        )
         history.seconds += time.perf_counter() - start
         if on_step is not None:
             on_step(step, model, routings)
         if step == steps or (eval_every and step % eval_every == 0):
             history.eval_step.append(step)
-            history.valid_loss.append(evaluate(model, corpus, batch_size=batch_size, seq_len=seq_len))
+            history.valid_loss.append(
+                evaluate(model, corpus, batch_size=batch_size, seq_len=seq_len)
+            )
             bar.set_postfix(held_out=f"{history.valid_loss[-1]:.3f}")
     return history

@@ -6,9 +6,12 @@ Run it with `python book/runs/capacity.py` (about seven minutes on one quiet CPU
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # moe_book and moe_core, installed or not
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[i]) for i in (1, 2)
+]  # moe_book and moe_core, installed or not
 
 import torch
+
 from moe_book import corpus, runs
 from moe_book.training import evaluate, train
 from moe_core import LanguageModel, LMConfig, MoEConfig, metrics
@@ -35,7 +38,15 @@ EVAL_FACTORS = [1.0, 1.25, 1.5, 2.0, 4.0, None]
 def build(seed: int, factor: float | None, balance: float) -> LanguageModel:
     """The model of one run; with one seed, all arms start from the same weights."""
     torch.manual_seed(seed)
-    moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], CONFIG["top_k"], capacity_factor=factor, aux_loss_weight=balance, backend="loop")
+    moe = MoEConfig(
+        CONFIG["d_model"],
+        CONFIG["d_ff"],
+        CONFIG["n_experts"],
+        CONFIG["top_k"],
+        capacity_factor=factor,
+        aux_loss_weight=balance,
+        backend="loop",
+    )
     return LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
 
 
@@ -52,8 +63,15 @@ def judge(model: LanguageModel, text: corpus.Corpus, factor: float | None) -> di
     model.eval()
     generator, routings = torch.Generator().manual_seed(7), []
     for _ in range(4):
-        routings += model(text.batch(CONFIG["batch_size"], CONFIG["seq_len"], generator=generator, split="valid")[0])[1]
-    return {"loss": evaluate(model, text, batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"]), "drop_rate": float(metrics.drop_rate(routings))}
+        routings += model(
+            text.batch(CONFIG["batch_size"], CONFIG["seq_len"], generator=generator, split="valid")[
+                0
+            ]
+        )[1]
+    return {
+        "loss": evaluate(model, text, batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"]),
+        "drop_rate": float(metrics.drop_rate(routings)),
+    }
 
 
 def run(name: str, seed: int, text: corpus.Corpus) -> dict:
@@ -71,7 +89,12 @@ def run(name: str, seed: int, text: corpus.Corpus) -> dict:
 
 def main() -> None:
     results = runs.sweep(run, ARMS, SEEDS, corpus.load())
-    config = {**CONFIG, "arms": {name: list(arm) for name, arm in ARMS.items()}, "every": EVERY, "eval_factors": EVAL_FACTORS}
+    config = {
+        **CONFIG,
+        "arms": {name: list(arm) for name, arm in ARMS.items()},
+        "every": EVERY,
+        "eval_factors": EVAL_FACTORS,
+    }
     print(runs.save("capacity", config=config, seeds=SEEDS, results=results))
 
 

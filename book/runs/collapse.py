@@ -6,9 +6,12 @@ Run it with `python book/runs/collapse.py` (about six minutes on one quiet CPU c
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # moe_book and moe_core, installed or not
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[i]) for i in (1, 2)
+]  # moe_book and moe_core, installed or not
 
 import torch
+
 from moe_book import corpus, runs
 from moe_book.training import train
 from moe_core import LanguageModel, LMConfig, MoEConfig, metrics
@@ -20,13 +23,18 @@ CONFIG = {**SIZES, **TRAINING, "steps": 600, "d_ff": 128, "n_experts": 8, "top_k
 COEFFICIENTS = [0.0, 0.001, 0.01, 0.1, 1.0]
 LATE = {"coefficient": 0.01, "from_step": 200}  # no balance loss before
 SHORT_STEPS = 80
-CLAIMS = {"switch-coefficient": {
-    "claim": "A coefficient of 0.01 balances the load quickly without interfering with the training loss.", "source": "switch"}}
+CLAIMS = {
+    "switch-coefficient": {
+        "claim": "A coefficient of 0.01 balances the load quickly without interfering with the training loss.",
+        "source": "switch",
+    }
+}
 
 
 def verdicts(results: dict) -> dict:
     """Balanced: at the end, MaxVio is less than half of what it is without the loss, in every seed. Not interfering: the mean held-out loss
     is at most 0.02 nats above that without the loss, at the end. Both: reproduced; the first alone: partly."""
+
     def mean_violation(arm):
         return [sum(one["max_violation"]) / len(one["max_violation"]) for one in results[arm]]
 
@@ -36,19 +44,39 @@ def verdicts(results: dict) -> dict:
     balanced = all(b < a / 2 for a, b in zip(without, with_loss))
     verdict = "not at this scale" if not balanced else "reproduced" if cost <= 0.02 else "partly"
     means = [sum(v) / len(v) for v in (without, with_loss)]
-    return {"switch-coefficient": {"verdict": verdict, "because": (
-        f"MaxVio {means[1]:.2f} instead of {means[0]:.2f}; held-out loss {cost:+.3f} nats against no balance loss, mean of {len(without)} seeds")}}
+    return {
+        "switch-coefficient": {
+            "verdict": verdict,
+            "because": (
+                f"MaxVio {means[1]:.2f} instead of {means[0]:.2f}; held-out loss {cost:+.3f} nats against no balance loss, mean of {len(without)} seeds"
+            ),
+        }
+    }
 
 
 def build(seed: int, coefficient: float) -> LanguageModel:
     """The model of one run; with one seed, all coefficients start from the same weights."""
     torch.manual_seed(seed)
-    moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], CONFIG["top_k"], norm_topk_prob=False,
-                    aux_loss_weight=coefficient, backend="loop")
+    moe = MoEConfig(
+        CONFIG["d_model"],
+        CONFIG["d_ff"],
+        CONFIG["n_experts"],
+        CONFIG["top_k"],
+        norm_topk_prob=False,
+        aux_loss_weight=coefficient,
+        backend="loop",
+    )
     return LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
 
 
-def run(coefficient: float, seed: int, text: corpus.Corpus, *, from_step: int = 0, steps: int = CONFIG["steps"]) -> dict:
+def run(
+    coefficient: float,
+    seed: int,
+    text: corpus.Corpus,
+    *,
+    from_step: int = 0,
+    steps: int = CONFIG["steps"],
+) -> dict:
     """Train once; log load and router entropy of each layer on the way, and held-out loss, load and MaxVio at the end."""
     model = build(seed, 0.0 if from_step else coefficient)
     log = {"step": [], "load": [], "entropy": []}
@@ -59,26 +87,54 @@ def run(coefficient: float, seed: int, text: corpus.Corpus, *, from_step: int = 
                 block.feed_forward.router.aux_loss_weight = coefficient
         if step == 1 or step % (10 if step <= 100 else 25) == 0:
             log["step"].append(step)
-            log["load"].append([[round(v, 3) for v in metrics.load_share(r).tolist()] for r in routings])
+            log["load"].append(
+                [[round(v, 3) for v in metrics.load_share(r).tolist()] for r in routings]
+            )
             log["entropy"].append([round(metrics.router_entropy(r).item(), 3) for r in routings])
 
-    history = train(model, text, steps=steps, **TRAINING, seed=seed, eval_every=100, progress=False, on_step=look)
+    history = train(
+        model,
+        text,
+        steps=steps,
+        **TRAINING,
+        seed=seed,
+        eval_every=100,
+        progress=False,
+        on_step=look,
+    )
     model.eval()
-    sample, _ = text.batch(32, CONFIG["seq_len"], generator=torch.Generator().manual_seed(3), split="valid")
+    sample, _ = text.batch(
+        32, CONFIG["seq_len"], generator=torch.Generator().manual_seed(3), split="valid"
+    )
     with torch.no_grad():
         routings = model(sample)[1]
-    return {**log, "eval_step": history.eval_step, "valid_loss": history.valid_loss,
-            "valid_load": [metrics.load_share(r).tolist() for r in routings],
-            "max_violation": [metrics.max_violation(r).item() for r in routings]}
+    return {
+        **log,
+        "eval_step": history.eval_step,
+        "valid_loss": history.valid_loss,
+        "valid_load": [metrics.load_share(r).tolist() for r in routings],
+        "max_violation": [metrics.max_violation(r).item() for r in routings],
+    }
 
 
 def main() -> None:
     text = corpus.load()
     results = {f"{c:g}": found for c, found in runs.sweep(run, COEFFICIENTS, SEEDS, text).items()}
-    results["late"] = [run(LATE["coefficient"], seed, text, from_step=LATE["from_step"]) for seed in SEEDS]
-    results["short"] = {f"{c:g}": run(c, 0, text, steps=SHORT_STEPS) for c in (0.0, 0.1)}  # what the chapter runs live
+    results["late"] = [
+        run(LATE["coefficient"], seed, text, from_step=LATE["from_step"]) for seed in SEEDS
+    ]
+    results["short"] = {
+        f"{c:g}": run(c, 0, text, steps=SHORT_STEPS) for c in (0.0, 0.1)
+    }  # what the chapter runs live
     results["verdicts"] = verdicts(results)
-    config = {**CONFIG, "coefficients": COEFFICIENTS, "late": LATE, "short_steps": SHORT_STEPS, "domains": list(text.domains), "claims": CLAIMS}
+    config = {
+        **CONFIG,
+        "coefficients": COEFFICIENTS,
+        "late": LATE,
+        "short_steps": SHORT_STEPS,
+        "domains": list(text.domains),
+        "claims": CLAIMS,
+    }
     print(runs.save("collapse", config=config, seeds=SEEDS, results=results))
 
 

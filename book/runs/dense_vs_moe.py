@@ -9,11 +9,12 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
-from moe_book import corpus, runs, training
-from moe_core import LanguageModel, LMConfig, MoEConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+from moe_book import corpus, runs, training
+from moe_core import LanguageModel, LMConfig, MoEConfig
 
 SIZE = {"d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 256}
 D_FF, TOP_K, EXPERTS, WIDE = 96, 2, (4, 8, 16), 8
@@ -26,7 +27,14 @@ def config(name: str, backend: str = "auto") -> LMConfig:
     """dense: the twin. wide: dense, with as many FFN parameters as E8. E4, E8, E16: MoE with K = 2."""
     if name in ("dense", "wide"):
         return LMConfig(**SIZE, d_ff=(TOP_K if name == "dense" else WIDE) * D_FF)
-    moe = MoEConfig(d_model=SIZE["d_model"], d_ff=D_FF, n_experts=int(name[1:]), top_k=TOP_K, aux_loss_weight=AUX, backend=backend)
+    moe = MoEConfig(
+        d_model=SIZE["d_model"],
+        d_ff=D_FF,
+        n_experts=int(name[1:]),
+        top_k=TOP_K,
+        aux_loss_weight=AUX,
+        backend=backend,
+    )
     return LMConfig(**SIZE, moe=moe)
 
 
@@ -66,24 +74,37 @@ def routes(model: LanguageModel, text: corpus.Corpus) -> dict:
     """
     model.eval()
     fresh = LanguageModel(model.config)
-    batches = [text.batch(64, 128, generator=torch.Generator().manual_seed(7), split="valid", domain=d)[0] for d in text.domains]
+    batches = [
+        text.batch(64, 128, generator=torch.Generator().manual_seed(7), split="valid", domain=d)[0]
+        for d in text.domains
+    ]
     n_layers, E = model.config.n_layers, model.config.moe.n_experts
     found = {"share": [], "by_byte": [], "untrained": [], "predictable": []}
-    trained_routings, fresh_routings = ([m(tokens)[1] for tokens in batches] for m in (model, fresh))
+    trained_routings, fresh_routings = (
+        [m(tokens)[1] for tokens in batches] for m in (model, fresh)
+    )
     for layer in range(n_layers):
         counts = []
-        for tokens, routings in zip(batches, trained_routings):  # per domain: how often byte b goes to expert e
+        for tokens, routings in zip(
+            batches, trained_routings
+        ):  # per domain: how often byte b goes to expert e
             table = torch.zeros(256, E)
             pairs = tokens.unsqueeze(-1).expand_as(routings[layer].expert_indices).flatten() * E
-            table.view(-1).scatter_add_(0, pairs + routings[layer].expert_indices.flatten(), torch.ones(len(pairs)))
+            table.view(-1).scatter_add_(
+                0, pairs + routings[layer].expert_indices.flatten(), torch.ones(len(pairs))
+            )
             counts.append(table)
         habit = sum(counts) / sum(counts).sum(1, keepdim=True).clamp(min=1)
         found["share"].append([(c.sum(0) / c.sum()).tolist() for c in counts])
-        found["by_byte"].append([((c.sum(1, keepdim=True) * habit).sum(0) / c.sum()).tolist() for c in counts])
+        found["by_byte"].append(
+            [((c.sum(1, keepdim=True) * habit).sum(0) / c.sum()).tolist() for c in counts]
+        )
         found["untrained"].append([r[layer].slot_share().tolist() for r in fresh_routings])
         first = torch.cat([r[layer].expert_indices[..., 0].flatten() for r in trained_routings])
         table = torch.zeros(256, E).view(-1)
-        table.scatter_add_(0, torch.cat([t.flatten() for t in batches]) * E + first, torch.ones(len(first)))
+        table.scatter_add_(
+            0, torch.cat([t.flatten() for t in batches]) * E + first, torch.ones(len(first))
+        )
         found["predictable"].append(float(table.view(256, E).max(1).values.sum() / len(first)))
     return found
 
@@ -97,13 +118,19 @@ def passages(model: LanguageModel, text: corpus.Corpus) -> dict:
         start = 5_000 + valid[5_000:].tolist().index(ord("\n")) + 1
         tokens = valid[start : start + PASSAGE].long()
         routings = model(tokens.unsqueeze(0))[1]
-        found[domain] = {"text": corpus.decode(tokens), "experts": [r.expert_indices[0, :, 0].tolist() for r in routings]}
+        found[domain] = {
+            "text": corpus.decode(tokens),
+            "experts": [r.expert_indices[0, :, 0].tolist() for r in routings],
+        }
     return found
 
 
 def flops_per_token(name: str) -> int:
     """Forward FLOPs per token, counted by torch; loop and math attention, since the counter does not see the fast ones on a CPU."""
-    model, tokens = LanguageModel(config(name, backend="loop")), torch.zeros(1, TRAIN["seq_len"], dtype=torch.int64)
+    model, tokens = (
+        LanguageModel(config(name, backend="loop")),
+        torch.zeros(1, TRAIN["seq_len"], dtype=torch.int64),
+    )
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens)
     return counter.get_total_flops() // tokens.numel()
@@ -113,9 +140,13 @@ def clock(rounds: int = 40) -> dict:
     """Processor milliseconds of one training step: the models take turns, and the median over the rounds counts."""
     torch.set_num_threads(1)
     text = corpus.load()
-    tokens = text.batch(TRAIN["batch_size"], TRAIN["seq_len"], generator=torch.Generator().manual_seed(0))[0]
+    tokens = text.batch(
+        TRAIN["batch_size"], TRAIN["seq_len"], generator=torch.Generator().manual_seed(0)
+    )[0]
     models = {name: LanguageModel(config(name)) for name in NAMES}
-    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-4) for name, model in models.items()}
+    optimizers = {
+        name: torch.optim.AdamW(model.parameters(), lr=1e-4) for name, model in models.items()
+    }
     times = {name: [] for name in NAMES}
     for _ in tqdm(range(rounds + 3), desc="clock"):
         for name, model in models.items():
@@ -126,14 +157,20 @@ def clock(rounds: int = 40) -> dict:
             loss.backward()
             optimizers[name].step()
             times[name].append(1000 * (time.process_time() - start))
-    return {name: {"median": statistics.median(t[3:]), "quartiles": statistics.quantiles(t[3:])[::2]} for name, t in times.items()}
+    return {
+        name: {"median": statistics.median(t[3:]), "quartiles": statistics.quantiles(t[3:])[::2]}
+        for name, t in times.items()
+    }
 
 
 if __name__ == "__main__":
     jobs = [(name, seed) for seed in SEEDS for name in reversed(NAMES)]
     with ProcessPoolExecutor(max_workers=2) as pool:
         futures = [pool.submit(run, *job) for job in jobs]
-        done = [future.result() for future in tqdm(as_completed(futures), total=len(jobs), desc="runs", unit="run")]
+        done = [
+            future.result()
+            for future in tqdm(as_completed(futures), total=len(jobs), desc="runs", unit="run")
+        ]
     results = {name: {} for name in NAMES}
     for found in sorted(done, key=lambda found: found["seed"]):
         for key, value in found.items():
@@ -142,7 +179,23 @@ if __name__ == "__main__":
     steps_ms = clock()
     for name in NAMES:
         model = LanguageModel(config(name))
-        results[name].update(flops_per_token=flops_per_token(name), step_ms=steps_ms[name], config=config(name).to_dict(),
-                             total_params=sum(p.numel() for p in model.parameters()))
-    print(runs.save("dense_vs_moe", config={**TRAIN, "aux_loss_weight": AUX, "eval_at": list(EVAL_AT), "eval_bytes_per_domain": 8 * 16 * 128,
-                                            "threads_per_run": 1}, seeds=SEEDS, results=results))
+        results[name].update(
+            flops_per_token=flops_per_token(name),
+            step_ms=steps_ms[name],
+            config=config(name).to_dict(),
+            total_params=sum(p.numel() for p in model.parameters()),
+        )
+    print(
+        runs.save(
+            "dense_vs_moe",
+            config={
+                **TRAIN,
+                "aux_loss_weight": AUX,
+                "eval_at": list(EVAL_AT),
+                "eval_bytes_per_domain": 8 * 16 * 128,
+                "threads_per_run": 1,
+            },
+            seeds=SEEDS,
+            results=results,
+        )
+    )

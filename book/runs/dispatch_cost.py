@@ -9,17 +9,27 @@ import sys
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # moe_book and moe_core, installed or not
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[i]) for i in (1, 2)
+]  # moe_book and moe_core, installed or not
 
 import torch
 import torch.nn.functional as F
-from moe_book import runs
-from moe_core import DispatchPlan, Experts, FeedForward, Routing
 from tqdm import tqdm
 
+from moe_book import runs
+from moe_core import DispatchPlan, Experts, FeedForward, Routing
+
 SEEDS = [0, 1, 2]
-CONFIG = {"d_model": 128, "d_ff": 256, "n_rows": 2048, "n_experts": [4, 8, 16, 32, 64], "skews": {"even": 0.0, "skewed": 1.0}, "rounds": 9,
-          "dispatch": {"n_tokens": [128, 256, 512, 1024, 2048], "n_experts": 8, "top_k": 2, "rounds": 7}}
+CONFIG = {
+    "d_model": 128,
+    "d_ff": 256,
+    "n_rows": 2048,
+    "n_experts": [4, 8, 16, 32, 64],
+    "skews": {"even": 0.0, "skewed": 1.0},
+    "rounds": 9,
+    "dispatch": {"n_tokens": [128, 256, 512, 1024, 2048], "n_experts": 8, "top_k": 2, "rounds": 7},
+}
 WAYS = ("naive loop", "loop", "padded", "grouped", "fused")
 
 
@@ -35,7 +45,9 @@ def naive_loop(experts: Experts, rows_AD: torch.Tensor, counts_E: torch.Tensor) 
 def sorted_counts(E: int, skew: float, seed: int) -> torch.Tensor:
     """(E,) rows per expert: each row draws its expert, expert e with a chance like 1 / (e + 1)^skew."""
     chance_E = (torch.arange(E) + 1.0) ** -skew
-    drawn = torch.multinomial(chance_E, CONFIG["n_rows"], replacement=True, generator=torch.Generator().manual_seed(seed))
+    drawn = torch.multinomial(
+        chance_E, CONFIG["n_rows"], replacement=True, generator=torch.Generator().manual_seed(seed)
+    )
     return drawn.bincount(minlength=E)
 
 
@@ -56,8 +68,14 @@ def in_turns(candidates: dict, rounds: int) -> dict:
         base = took["dense"]
         if turn >= 2:
             for name, (forward, backward) in took.items():
-                ratios[name].append((forward / base[0], backward / base[1], (forward + backward) / sum(base)))
-    return {name: [statistics.median(column) for column in zip(*rows)] for name, rows in ratios.items() if name != "dense"}
+                ratios[name].append(
+                    (forward / base[0], backward / base[1], (forward + backward) / sum(base))
+                )
+    return {
+        name: [statistics.median(column) for column in zip(*rows)]
+        for name, rows in ratios.items()
+        if name != "dense"
+    }
 
 
 def banks(E: int, skew: float, seed: int) -> dict:
@@ -72,12 +90,15 @@ def banks(E: int, skew: float, seed: int) -> dict:
         def run():
             experts.backend = name
             return experts.run_rows(rows, counts)
+
         return (lambda: naive_loop(experts, rows, counts)) if name == "naive loop" else run
 
     expected = naive_loop(experts, rows, counts)
     for name in WAYS:  # all give the same numbers
         assert torch.allclose(way(name)(), expected, atol=1e-5), name
-    candidates = {"dense": (lambda: dense(rows), [rows, *dense.parameters()])} | {name: (way(name), into) for name in WAYS}
+    candidates = {"dense": (lambda: dense(rows), [rows, *dense.parameters()])} | {
+        name: (way(name), into) for name in WAYS
+    }
     return in_turns(candidates, CONFIG["rounds"])
 
 
@@ -86,8 +107,15 @@ def random_routing(T: int, E: int, K: int, seed: int) -> Routing:
     scores = torch.rand(1, T, E, generator=torch.Generator().manual_seed(seed)).softmax(-1)
     weights, indices = scores.topk(K, -1)
     kept = torch.ones_like(indices, dtype=torch.bool)
-    return Routing(expert_indices=indices, expert_weights=weights / weights.sum(-1, keepdim=True), capacity_mask=kept,
-                   logits=scores.log(), scores=scores, drop_reason=torch.zeros_like(indices, dtype=torch.int8), dropless=True)
+    return Routing(
+        expert_indices=indices,
+        expert_weights=weights / weights.sum(-1, keepdim=True),
+        capacity_mask=kept,
+        logits=scores.log(),
+        scores=scores,
+        drop_reason=torch.zeros_like(indices, dtype=torch.int8),
+        dropless=True,
+    )
 
 
 def there_and_back(T: int, seed: int) -> dict:
@@ -115,13 +143,22 @@ def there_and_back(T: int, seed: int) -> dict:
         return torch.einsum("tec,ecd->td", weight_TEC, table_ECD).unsqueeze(0)
 
     assert torch.allclose(by_sorting(), by_one_hot(), atol=1e-5)
-    return in_turns({"dense": (lambda: dense(rows), [rows, *dense.parameters()]), "sorting": (by_sorting, [x, w_TK]),
-                     "one-hot": (by_one_hot, [x, w_TK])}, sizes["rounds"])
+    return in_turns(
+        {
+            "dense": (lambda: dense(rows), [rows, *dense.parameters()]),
+            "sorting": (by_sorting, [x, w_TK]),
+            "one-hot": (by_one_hot, [x, w_TK]),
+        },
+        sizes["rounds"],
+    )
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    results = {"banks": {name: {way: [] for way in WAYS} for name in CONFIG["skews"]}, "there_and_back": {"sorting": [], "one-hot": []}}
+    results = {
+        "banks": {name: {way: [] for way in WAYS} for name in CONFIG["skews"]},
+        "there_and_back": {"sorting": [], "one-hot": []},
+    }
     for seed in tqdm(SEEDS, unit="seed"):
         for name, skew in CONFIG["skews"].items():
             found = [banks(E, skew, seed) for E in CONFIG["n_experts"]]

@@ -12,50 +12,109 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # moe_book and moe_core, installed or not
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[i]) for i in (1, 2)
+]  # moe_book and moe_core, installed or not
 
 import torch
 import torch.nn.functional as F
+
 from moe_book import corpus, runs, training
-from moe_core import ExpertThresholdRouter, LanguageModel, LMConfig, MoEConfig, TopKRouter, losses, metrics
+from moe_core import (
+    ExpertThresholdRouter,
+    LanguageModel,
+    LMConfig,
+    MoEConfig,
+    TopKRouter,
+    losses,
+    metrics,
+)
 from moe_core.lm import next_token_loss
 from moe_core.routers.expert_choice import take_best
 
 SEEDS = [0, 1, 2]
 SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
 TRAINING = {"seq_len": 64, "batch_size": 16, "lr": 3e-3}
-CONFIG = {**SIZES, **TRAINING, "steps": 400, "d_ff": 64, "n_experts": 8, "top_k": 1, "n_shared_experts": 1,
-          "ema_decay": 0.95, "warmup_steps": 80, "capacity_band": 0.5, "aux_loss_weight": 0.01,
-          "bias_update_rate": 0.005, "live_steps": 100}
-TOKEN_CHOICE = {"score_func": "sigmoid", "norm_topk_prob": False}  # weights as large as the others': what differs is the choice
+CONFIG = {
+    **SIZES,
+    **TRAINING,
+    "steps": 400,
+    "d_ff": 64,
+    "n_experts": 8,
+    "top_k": 1,
+    "n_shared_experts": 1,
+    "ema_decay": 0.95,
+    "warmup_steps": 80,
+    "capacity_band": 0.5,
+    "aux_loss_weight": 0.01,
+    "bias_update_rate": 0.005,
+    "live_steps": 100,
+}
+TOKEN_CHOICE = {
+    "score_func": "sigmoid",
+    "norm_topk_prob": False,
+}  # weights as large as the others': what differs is the choice
 LONG = 0.99
 NEVER = 10**6  # longer than the run: warms up, that is, lets experts choose, all the time
 ARMS = {  # name -> router, its options, aux_loss_weight
     "dense": None,
     "token choice, balance loss": ("topk", TOKEN_CHOICE, CONFIG["aux_loss_weight"]),
-    "token choice, bias": ("loss_free", {**TOKEN_CHOICE, "bias_update_rate": CONFIG["bias_update_rate"]}, 0),
-    "expert choice, one sequence": ("expert_threshold", {"warmup_steps": NEVER, "pool": "sequence"}, 0),
+    "token choice, bias": (
+        "loss_free",
+        {**TOKEN_CHOICE, "bias_update_rate": CONFIG["bias_update_rate"]},
+        0,
+    ),
+    "expert choice, one sequence": (
+        "expert_threshold",
+        {"warmup_steps": NEVER, "pool": "sequence"},
+        0,
+    ),
     "expert choice, whole batch": ("expert_threshold", {"warmup_steps": NEVER}, 0),
-    "threshold": ("expert_threshold", {"warmup_steps": CONFIG["warmup_steps"], "capacity_band": CONFIG["capacity_band"]}, 0),
+    "threshold": (
+        "expert_threshold",
+        {"warmup_steps": CONFIG["warmup_steps"], "capacity_band": CONFIG["capacity_band"]},
+        0,
+    ),
     "threshold, no band": ("expert_threshold", {"warmup_steps": CONFIG["warmup_steps"]}, 0),
-    "threshold, no warm-up": ("expert_threshold", {"warmup_steps": 0, "capacity_band": CONFIG["capacity_band"]}, 0),
+    "threshold, no warm-up": (
+        "expert_threshold",
+        {"warmup_steps": 0, "capacity_band": CONFIG["capacity_band"]},
+        0,
+    ),
     "threshold, neither": ("expert_threshold", {"warmup_steps": 0}, 0),
     # A second look, added when the four above did not starve: a memory as long as the time in which logits grow. No verdict rests on it.
-    "long memory, warm-up": ("expert_threshold", {"warmup_steps": CONFIG["warmup_steps"], "ema_decay": LONG}, 0),
+    "long memory, warm-up": (
+        "expert_threshold",
+        {"warmup_steps": CONFIG["warmup_steps"], "ema_decay": LONG},
+        0,
+    ),
     "long memory, no warm-up": ("expert_threshold", {"warmup_steps": 0, "ema_decay": LONG}, 0),
 }
 PASSAGE = "def mean(values):\n    # add up, then divide\n    total = sum(values)\n    return total / len(values)\n"
 CLAIMS = {
-    "equal": {"claim": "With a large pool, expert choice (evaluated by its cutoffs) and expert threshold reach the same loss: "
-                       "2.841 to 2.845 and 2.844.", "source": "expertthreshold"},
-    "better": {"claim": "Both beat token choice, with or without balance loss or bias, by about 0.05 nats per token: 2.892 to 2.898.",
-               "source": "expertthreshold"},
-    "pool": {"claim": "Expert choice with a small pool is worse than with a large one, evaluated causally: 2.910 against 2.841 to 2.845.",
-             "source": "expertthreshold"},
-    "starves": {"claim": "Without the warm-up by expert choice, experts starve; the loss does not show it: 2.844 with and without.",
-                "source": "expertthreshold"},
+    "equal": {
+        "claim": "With a large pool, expert choice (evaluated by its cutoffs) and expert threshold reach the same loss: "
+        "2.841 to 2.845 and 2.844.",
+        "source": "expertthreshold",
+    },
+    "better": {
+        "claim": "Both beat token choice, with or without balance loss or bias, by about 0.05 nats per token: 2.892 to 2.898.",
+        "source": "expertthreshold",
+    },
+    "pool": {
+        "claim": "Expert choice with a small pool is worse than with a large one, evaluated causally: 2.910 against 2.841 to 2.845.",
+        "source": "expertthreshold",
+    },
+    "starves": {
+        "claim": "Without the warm-up by expert choice, experts starve; the loss does not show it: 2.844 with and without.",
+        "source": "expertthreshold",
+    },
 }
-SAME, SEEN, STARVED = 0.02, 0.005, 0.1  # nats per byte, nats per byte, share of an expert's fair load; chosen before the final run
+SAME, SEEN, STARVED = (
+    0.02,
+    0.005,
+    0.1,
+)  # nats per byte, nats per byte, share of an expert's fair load; chosen before the final run
 
 
 class SequencePool(ExpertThresholdRouter):
@@ -67,11 +126,23 @@ class SequencePool(ExpertThresholdRouter):
         h = self.logits(x)
         k = torch.full((len(x), self.n_experts), int(x.shape[1] * self.share))
         chosen = take_best(h, torch.ones(x.shape[:2], dtype=torch.bool), k)
-        return self.route(self.every_expert(x), h.sigmoid(), h, h.sigmoid(), selected_BNK=chosen, apply_capacity=False)
+        return self.route(
+            self.every_expert(x),
+            h.sigmoid(),
+            h,
+            h.sigmoid(),
+            selected_BNK=chosen,
+            apply_capacity=False,
+        )
 
     def update(self, routings):
-        super().update([replace(r, expert_indices=r.expert_indices[b : b + 1], logits=r.logits[b : b + 1])
-                        for r in routings for b in range(len(r.logits))])
+        super().update(
+            [
+                replace(r, expert_indices=r.expert_indices[b : b + 1], logits=r.logits[b : b + 1])
+                for r in routings
+                for b in range(len(r.logits))
+            ]
+        )
 
 
 class BalancedTopK(TopKRouter):
@@ -89,8 +160,18 @@ def build(name: str, seed: int) -> LanguageModel:
     own = {key: options.pop(key) for key in ("norm_topk_prob",) if key in options}
     if router == "expert_threshold":
         options.setdefault("ema_decay", CONFIG["ema_decay"])
-    moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], CONFIG["top_k"], router=router, router_options=options, backend="loop",
-                    n_shared_experts=CONFIG["n_shared_experts"], **own, **({"aux_loss_weight": aux} if aux else {}))
+    moe = MoEConfig(
+        CONFIG["d_model"],
+        CONFIG["d_ff"],
+        CONFIG["n_experts"],
+        CONFIG["top_k"],
+        router=router,
+        router_options=options,
+        backend="loop",
+        n_shared_experts=CONFIG["n_shared_experts"],
+        **own,
+        **({"aux_loss_weight": aux} if aux else {}),
+    )
     config = LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe)
     torch.manual_seed(seed)
     model = LanguageModel(config.dense_twin() if ARMS[name] is None else config)
@@ -104,7 +185,9 @@ def build(name: str, seed: int) -> LanguageModel:
 
 def routers(model: LanguageModel) -> list:
     """The routers, layer by layer; none in a dense model."""
-    return [block.feed_forward.router for block in model.blocks if hasattr(block.feed_forward, "router")]
+    return [
+        block.feed_forward.router for block in model.blocks if hasattr(block.feed_forward, "router")
+    ]
 
 
 def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps"]) -> dict:
@@ -114,7 +197,9 @@ def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps
     def on_step(step, model, routings):
         """The share of tokens above the threshold that was in force, before warm-up or band change it; else the load."""
         if ARMS[name] and ARMS[name][0] == "expert_threshold":
-            above = [(r.logits > c).float().mean((0, 1)).tolist() for r, c in zip(routings, cutoffs)]
+            above = [
+                (r.logits > c).float().mean((0, 1)).tolist() for r, c in zip(routings, cutoffs)
+            ]
             cutoffs[:] = [router.thresholds for router in routers(model)]
         else:
             above = [(r.slots_per_expert() / r.real_tokens.sum()).tolist() for r in routings]
@@ -123,7 +208,16 @@ def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps
             asked["share"].append(above)
 
     cutoffs[:] = [r.thresholds for r in routers(model) if hasattr(r, "thresholds")]
-    history = training.train(model, text, steps=steps, **TRAINING, seed=seed, eval_every=50, progress=False, on_step=on_step)
+    history = training.train(
+        model,
+        text,
+        steps=steps,
+        **TRAINING,
+        seed=seed,
+        eval_every=50,
+        progress=False,
+        on_step=on_step,
+    )
     found = {"eval_step": history.eval_step, "valid_loss": history.valid_loss, "asked": asked}
     return found | look(model, text, passage=seed == SEEDS[0])
 
@@ -136,26 +230,47 @@ def look(model: LanguageModel, text: corpus.Corpus, *, passage: bool) -> dict:
     model.eval()
     logits, routings = model(tokens)
     loss_BN = F.cross_entropy(logits[:, :-1].transpose(1, 2), tokens[:, 1:], reduction="none")
-    found = {"final_loss": round(loss_BN.mean().item(), 4)}  # as stored, so that verdicts can be checked against the file
+    found = {
+        "final_loss": round(loss_BN.mean().item(), 4)
+    }  # as stored, so that verdicts can be checked against the file
     if not routings:
         return found
     model.train()
     found["final_loss_as_trained"] = training_loss(model, tokens)
     model.eval()
-    visits_BN = sum(metrics.expert_sets(r).sum(-1) for r in routings)[:, :-1]  # over all layers, where the next byte is predicted
+    visits_BN = sum(metrics.expert_sets(r).sum(-1) for r in routings)[
+        :, :-1
+    ]  # over all layers, where the next byte is predicted
     tenths = loss_BN.flatten().argsort().chunk(10)  # from the easiest tenth to the hardest
     found |= {
         "share": [(r.slots_per_expert() / r.real_tokens.sum()).tolist() for r in routings],
-        "per_token": [torch.bincount(metrics.expert_sets(r).sum(-1).flatten(), minlength=CONFIG["n_experts"] + 1).tolist() for r in routings],
+        "per_token": [
+            torch.bincount(
+                metrics.expert_sets(r).sum(-1).flatten(), minlength=CONFIG["n_experts"] + 1
+            ).tolist()
+            for r in routings
+        ],
         "visits_by_loss": [visits_BN.flatten()[tenth].float().mean().item() for tenth in tenths],
         "loss_by_loss": [loss_BN.flatten()[tenth].mean().item() for tenth in tenths],
-        "visits_by_domain": [visits_BN[domain_B == d].float().mean().item() for d in range(len(text.domains))],
-        "correlation": torch.corrcoef(torch.stack([loss_BN.flatten(), visits_BN.flatten().float()]))[0, 1].nan_to_num().item(),  # 0: all alike
+        "visits_by_domain": [
+            visits_BN[domain_B == d].float().mean().item() for d in range(len(text.domains))
+        ],
+        "correlation": torch.corrcoef(
+            torch.stack([loss_BN.flatten(), visits_BN.flatten().float()])
+        )[0, 1]
+        .nan_to_num()
+        .item(),  # 0: all alike
     }
     if passage:
         ids = torch.tensor([list(PASSAGE.encode())])
-        parts = [model(ids[:, i : i + CONFIG["seq_len"]])[1] for i in range(0, ids.shape[1], CONFIG["seq_len"])]
-        found["passage_visits"] = [torch.cat([metrics.expert_sets(p[layer]).sum(-1)[0] for p in parts]).tolist() for layer in range(len(routings))]
+        parts = [
+            model(ids[:, i : i + CONFIG["seq_len"]])[1]
+            for i in range(0, ids.shape[1], CONFIG["seq_len"])
+        ]
+        found["passage_visits"] = [
+            torch.cat([metrics.expert_sets(p[layer]).sum(-1)[0] for p in parts]).tolist()
+            for layer in range(len(routings))
+        ]
     return found
 
 
@@ -167,7 +282,7 @@ def training_loss(model: LanguageModel, tokens: torch.Tensor) -> float:
 
 def starved(one: dict, *, since: float = 0.8) -> int:
     """How many experts, of all layers, were asked for by less than a tenth of their fair share over the last fifth of the steps."""
-    share_SLE = torch.tensor(one["asked"]["share"])[int(since * len(one["asked"]["step"])):]
+    share_SLE = torch.tensor(one["asked"]["share"])[int(since * len(one["asked"]["step"])) :]
     return int((share_SLE.mean(0) < STARVED * CONFIG["top_k"] / CONFIG["n_experts"]).sum())
 
 
@@ -176,25 +291,48 @@ def verdicts(results: dict) -> dict:
 
     Two arms are the same if their mean losses differ by at most SAME; one beats another if it is lower in every seed, by SEEN on average.
     """
-    loss = {name: [one["final_loss"] for one in arms] for name, arms in results.items() if name in ARMS}
-    ahead = lambda a, b: [y - x for x, y in zip(loss[a], loss[b])]  # noqa: E731
-    beats = lambda a, b: min(ahead(a, b)) > 0 and fmean(ahead(a, b)) >= SEEN  # noqa: E731
-    same = lambda a, b: abs(fmean(ahead(a, b))) <= SAME  # noqa: E731
-    say = lambda a, b: " ".join(f"{x:+.3f}" for x in ahead(a, b))  # noqa: E731
-    grade = lambda *parts: "reproduced" if all(parts) else "partly" if any(parts) else "not at this scale"  # noqa: E731
-    large, small, threshold, naked = "expert choice, whole batch", "expert choice, one sequence", "threshold", "threshold, neither"
+    loss = {
+        name: [one["final_loss"] for one in arms] for name, arms in results.items() if name in ARMS
+    }
+    ahead = lambda a, b: [y - x for x, y in zip(loss[a], loss[b])]
+    beats = lambda a, b: min(ahead(a, b)) > 0 and fmean(ahead(a, b)) >= SEEN
+    same = lambda a, b: abs(fmean(ahead(a, b))) <= SAME
+    say = lambda a, b: " ".join(f"{x:+.3f}" for x in ahead(a, b))
+    grade = lambda *parts: (
+        "reproduced" if all(parts) else "partly" if any(parts) else "not at this scale"
+    )
+    large, small, threshold, naked = (
+        "expert choice, whole batch",
+        "expert choice, one sequence",
+        "threshold",
+        "threshold, neither",
+    )
     token_choice = [name for name in loss if name.startswith("token choice")]
     pairs = [(mine, theirs) for mine in (large, threshold) for theirs in token_choice]
-    hungry = {name: [starved(one) for one in results[name]] for name in (naked, "threshold, no band")}
+    hungry = {
+        name: [starved(one) for one in results[name]] for name in (naked, "threshold, no band")
+    }
     return {
-        "equal": {"verdict": "reproduced" if same(threshold, large) else "not at this scale",
-                  "because": f"threshold is ahead of large-pool expert choice by {say(threshold, large)} nats per byte, seed by seed"},
-        "better": {"verdict": grade(*(beats(a, b) for a, b in pairs)),
-                   "because": "; ".join(f"{a} is ahead of {b} by {say(a, b)}" for a, b in pairs)},
-        "pool": {"verdict": grade(beats(large, small)), "because": f"the large pool is ahead of the small one by {say(large, small)}"},
-        "starves": {"verdict": grade(min(hungry[naked]) > 0 and max(hungry["threshold, no band"]) == 0, same(naked, "threshold, no band")),
-                    "because": f"without the band, starved experts at the end, seed by seed: {hungry[naked]} without warm-up, "
-                               f"{hungry['threshold, no band']} with it; in loss, warm-up is ahead by {say('threshold, no band', naked)}"},
+        "equal": {
+            "verdict": "reproduced" if same(threshold, large) else "not at this scale",
+            "because": f"threshold is ahead of large-pool expert choice by {say(threshold, large)} nats per byte, seed by seed",
+        },
+        "better": {
+            "verdict": grade(*(beats(a, b) for a, b in pairs)),
+            "because": "; ".join(f"{a} is ahead of {b} by {say(a, b)}" for a, b in pairs),
+        },
+        "pool": {
+            "verdict": grade(beats(large, small)),
+            "because": f"the large pool is ahead of the small one by {say(large, small)}",
+        },
+        "starves": {
+            "verdict": grade(
+                min(hungry[naked]) > 0 and max(hungry["threshold, no band"]) == 0,
+                same(naked, "threshold, no band"),
+            ),
+            "because": f"without the band, starved experts at the end, seed by seed: {hungry[naked]} without warm-up, "
+            f"{hungry['threshold, no band']} with it; in loss, warm-up is ahead by {say('threshold, no band', naked)}",
+        },
     }
 
 
@@ -206,8 +344,17 @@ def main() -> None:
     live = run("threshold", 0, text, steps=CONFIG["live_steps"])  # what the chapter runs live
     results["live"] = {key: live[key] for key in ("eval_step", "valid_loss", "final_loss")}
     results["verdicts"] = verdicts(results)
-    config = {**CONFIG, "long_memory": LONG, "arms": list(ARMS), "claims": CLAIMS, "domains": list(text.domains), "passage": PASSAGE,
-              "starved_below": STARVED, "same": SAME, "seen": SEEN}
+    config = {
+        **CONFIG,
+        "long_memory": LONG,
+        "arms": list(ARMS),
+        "claims": CLAIMS,
+        "domains": list(text.domains),
+        "passage": PASSAGE,
+        "starved_below": STARVED,
+        "same": SAME,
+        "seen": SEEN,
+    }
     print(runs.save("expert_threshold", config=config, seeds=SEEDS, results=results))
 
 

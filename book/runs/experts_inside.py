@@ -6,9 +6,12 @@ Run it with `python book/runs/experts_inside.py` (about four minutes on one quie
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # moe_book and moe_core, installed or not
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[i]) for i in (1, 2)
+]  # moe_book and moe_core, installed or not
 
 import torch
+
 from moe_book import corpus, runs
 from moe_book.training import train
 from moe_core import LanguageModel, LMConfig, MoEConfig
@@ -21,28 +24,50 @@ ARMS = {  # fields of MoEConfig: three experts' work a token, eight experts' par
     "gated": {"n_experts": 8, "top_k": 3, "d_ff": 64},
     "not gated": {"n_experts": 8, "top_k": 3, "d_ff": 96, "glu": False},
     "shared": {"n_experts": 7, "top_k": 2, "d_ff": 64, "n_shared_experts": 1},
-    "shared, with a gate": {"n_experts": 7, "top_k": 2, "d_ff": 64, "n_shared_experts": 1, "shared_gate": True},
-    "gated, times 2": {"n_experts": 8, "top_k": 3, "d_ff": 64, "router_options": {"routed_scaling_factor": 2.0}},
+    "shared, with a gate": {
+        "n_experts": 7,
+        "top_k": 2,
+        "d_ff": 64,
+        "n_shared_experts": 1,
+        "shared_gate": True,
+    },
+    "gated, times 2": {
+        "n_experts": 8,
+        "top_k": 3,
+        "d_ff": 64,
+        "router_options": {"routed_scaling_factor": 2.0},
+    },
 }
 
 
 def config(arm: str) -> LMConfig:
     """The language model of one arm."""
-    moe = MoEConfig(d_model=CONFIG["d_model"], aux_loss_weight=CONFIG["aux_loss_weight"], **ARMS[arm])
+    moe = MoEConfig(
+        d_model=CONFIG["d_model"], aux_loss_weight=CONFIG["aux_loss_weight"], **ARMS[arm]
+    )
     return LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe)
 
 
 def run(arm: str, seed: int, text: corpus.Corpus) -> dict:
     """Train once; the held-out loss on the way."""
     torch.manual_seed(seed)
-    history = train(LanguageModel(config(arm)), text, **TRAINING, seed=seed, eval_every=25, progress=False)
+    history = train(
+        LanguageModel(config(arm)), text, **TRAINING, seed=seed, eval_every=25, progress=False
+    )
     return {"eval_step": history.eval_step, "valid_loss": history.valid_loss}
 
 
 def main() -> None:
     text = corpus.load()
     results = runs.sweep(run, ARMS, SEEDS, text)
-    print(runs.save("experts_inside", config={**CONFIG, "arms": ARMS, "domains": list(text.domains)}, seeds=SEEDS, results=results))
+    print(
+        runs.save(
+            "experts_inside",
+            config={**CONFIG, "arms": ARMS, "domains": list(text.domains)},
+            seeds=SEEDS,
+            results=results,
+        )
+    )
 
 
 if __name__ == "__main__":

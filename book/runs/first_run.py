@@ -4,6 +4,7 @@ Run: python book/runs/first_run.py   (writes first_run.json beside this file)
 """
 
 import torch
+
 from moe_book import corpus, runs
 from moe_book.training import History, train
 from moe_core import LanguageModel, LMConfig, MoEConfig
@@ -27,11 +28,21 @@ def run(name: str, seed: int, text: corpus.Corpus) -> History:
 
 
 def main() -> None:
-    results = {name: {"eval_step": histories[0].eval_step, "valid_loss": [history.valid_loss for history in histories],
-                      "load": [[history.load[step - 1] for step in LOGGED] for history in histories]}
-               for name, histories in runs.sweep(run, WEIGHTS, SEEDS, corpus.load()).items()}
+    results = {
+        name: {
+            "eval_step": histories[0].eval_step,
+            "valid_loss": [history.valid_loss for history in histories],
+            "load": [[history.load[step - 1] for step in LOGGED] for history in histories],
+        }
+        for name, histories in runs.sweep(run, WEIGHTS, SEEDS, corpus.load()).items()
+    }
     results["logged_step"] = LOGGED
-    runs.save("first_run", config={"model": config(0.01).to_dict(), "training": TRAINING}, seeds=SEEDS, results=results)
+    runs.save(
+        "first_run",
+        config={"model": config(0.01).to_dict(), "training": TRAINING},
+        seeds=SEEDS,
+        results=results,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast is the layer? `python -m moe_core.bench layer`, three repetitions, on a quiet machine; every shape in a process of its own.
+"""How fast is the layer? `python -m moe_tools.bench layer`, three repetitions, on a quiet machine; every shape in a process of its own.
 
 Run it with `python book/runs/layer_bench.py` (about six minutes on two processor cores); the README shows layer_bench.json.
 """
@@ -8,10 +8,12 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # moe_book and moe_core, installed or not
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[i]) for i in (1, 2)
+]  # moe_book and moe_core, installed or not
 
 from moe_book import runs
-from moe_core.bench import layer
+from moe_tools.bench import layer
 
 SEEDS, ROUNDS, GROWTH_ROUNDS = [0, 1, 2], 5, 3
 
@@ -19,13 +21,18 @@ SEEDS, ROUNDS, GROWTH_ROUNDS = [0, 1, 2], 5, 3
 def gathered(records: list[dict]) -> dict:
     """One record from those of single shapes; the rate of a large product is the best that any of them saw."""
     results = [record["results"] for record in records]
-    return {"shapes": [shape for found in results for shape in found["shapes"]], "growth": results[-1]["growth"],
-            "matmul_gflops": max(found["matmul_gflops"] for found in results)}
+    return {
+        "shapes": [shape for found in results for shape in found["shapes"]],
+        "growth": results[-1]["growth"],
+        "matmul_gflops": max(found["matmul_gflops"] for found in results),
+    }
 
 
 def main() -> None:
     tiny = layer.Shape(8, 8, 16, 4, 2)
-    jobs = [dict(shapes=[shape], seeds=SEEDS, rounds=ROUNDS, scaling=False) for shape in layer.SHAPES]
+    jobs = [
+        dict(shapes=[shape], seeds=SEEDS, rounds=ROUNDS, scaling=False) for shape in layer.SHAPES
+    ]
     jobs.append(dict(shapes=[tiny], seeds=SEEDS, rounds=GROWTH_ROUNDS, scaling=True))
     records = []
     for job in jobs:
@@ -38,7 +45,11 @@ def main() -> None:
 
 def save(records: list[dict]) -> None:
     """Store what the shapes' records say together."""
-    config = {**records[0]["config"], "growth_rounds": GROWTH_ROUNDS, "machine": records[0]["machine"]}
+    config = {
+        **records[0]["config"],
+        "growth_rounds": GROWTH_ROUNDS,
+        "machine": records[0]["machine"],
+    }
     print(runs.save("layer_bench", config=config, seeds=SEEDS, results=gathered(records)))
 
 

@@ -6,9 +6,12 @@ Run it with `python book/runs/loss_free_balance.py` (about eight minutes on one 
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # moe_book and moe_core, installed or not
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[i]) for i in (1, 2)
+]  # moe_book and moe_core, installed or not
 
 import torch
+
 from moe_book import corpus, runs
 from moe_book.training import train
 from moe_core import LanguageModel, LMConfig, MoEConfig, metrics
@@ -16,7 +19,15 @@ from moe_core import LanguageModel, LMConfig, MoEConfig, metrics
 SEEDS = [0, 1, 2, 3]
 SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
 TRAINING = {"seq_len": 64, "batch_size": 16, "lr": 3e-3}
-CONFIG = {**SIZES, **TRAINING, "steps": 240, "d_ff": 128, "n_experts": 8, "top_k": 2, "held_out_batches": 16}
+CONFIG = {
+    **SIZES,
+    **TRAINING,
+    "steps": 240,
+    "d_ff": 128,
+    "n_experts": 8,
+    "top_k": 2,
+    "held_out_batches": 16,
+}
 ARMS = {  # name -> router, its options, coefficient of the balance loss
     "none": ("loss_free", {"bias_update_rate": 0.0}, 0.0),
     "loss 0.01": ("topk", {"score_func": "sigmoid"}, 0.01),
@@ -34,10 +45,19 @@ SHORT = {"steps": 60, "arms": ("bias 0.001", "bias 0.01", "bias 0.1")}
 EVERY = 10  # MaxVio while training: the mean over so many steps
 
 CLAIMS = {
-    "balance": {"claim": "A bias updated by the sign of the load error lowers MaxVio over the held-out set by an order of magnitude against a "
-                         "balance loss: 0.72 to 0.04 at 1B parameters, 0.52 to 0.04 at 3B.", "source": "lossfree"},
-    "quality": {"claim": "It does so at no loss in quality: perplexity 9.56 to 9.50 at 1B parameters, 7.97 to 7.92 at 3B.", "source": "lossfree"},
-    "rate": {"claim": "Of the update rates, u = 0.001 is best: 0.0001 is slow, 0.01 oscillates.", "source": "lossfree"},
+    "balance": {
+        "claim": "A bias updated by the sign of the load error lowers MaxVio over the held-out set by an order of magnitude against a "
+        "balance loss: 0.72 to 0.04 at 1B parameters, 0.52 to 0.04 at 3B.",
+        "source": "lossfree",
+    },
+    "quality": {
+        "claim": "It does so at no loss in quality: perplexity 9.56 to 9.50 at 1B parameters, 7.97 to 7.92 at 3B.",
+        "source": "lossfree",
+    },
+    "rate": {
+        "claim": "Of the update rates, u = 0.001 is best: 0.0001 is slow, 0.01 oscillates.",
+        "source": "lossfree",
+    },
 }
 
 
@@ -46,16 +66,32 @@ def build(seed: int, arm: str) -> LanguageModel:
     router, options, weight = ARMS[arm]
     torch.manual_seed(seed)
     loss = {"aux_loss_weight": weight} if weight else {}
-    moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], CONFIG["top_k"], router=router, router_options=options, backend="loop",
-                    **loss)
+    moe = MoEConfig(
+        CONFIG["d_model"],
+        CONFIG["d_ff"],
+        CONFIG["n_experts"],
+        CONFIG["top_k"],
+        router=router,
+        router_options=options,
+        backend="loop",
+        **loss,
+    )
     return LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
 
 
 def biases(model: LanguageModel) -> list[list[float]]:
     """What is added to the scores before the choice, layer by layer; zeros where the router has no such thing."""
     routers = [block.feed_forward.router for block in model.blocks]
-    return [(r.expert_bias if getattr(r, "expert_bias", None) is not None else -r.beta if hasattr(r, "beta") else torch.zeros(r.n_experts)).tolist()
-            for r in routers]
+    return [
+        (
+            r.expert_bias
+            if getattr(r, "expert_bias", None) is not None
+            else -r.beta
+            if hasattr(r, "beta")
+            else torch.zeros(r.n_experts)
+        ).tolist()
+        for r in routers
+    ]
 
 
 def run(arm: str, seed: int, text: corpus.Corpus, steps: int = CONFIG["steps"]) -> dict:
@@ -67,29 +103,54 @@ def run(arm: str, seed: int, text: corpus.Corpus, steps: int = CONFIG["steps"]) 
         if step % EVERY == 0:
             trail.append(biases(model)[0])
 
-    history = train(model, text, steps=steps, **TRAINING, seed=seed, eval_every=60, progress=False, on_step=remember)
+    history = train(
+        model,
+        text,
+        steps=steps,
+        **TRAINING,
+        seed=seed,
+        eval_every=60,
+        progress=False,
+        on_step=remember,
+    )
     model.eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        batches = [model(text.batch(CONFIG["batch_size"], CONFIG["seq_len"], generator=generator, split="valid")[0])[1]
-                   for _ in range(CONFIG["held_out_batches"])]
+        batches = [
+            model(
+                text.batch(
+                    CONFIG["batch_size"], CONFIG["seq_len"], generator=generator, split="valid"
+                )[0]
+            )[1]
+            for _ in range(CONFIG["held_out_batches"])
+        ]
     layers = list(zip(*batches))  # [layer][batch]
     load = torch.tensor(history.load)
     train_vio = (load.max(-1).values * CONFIG["n_experts"] - 1).mean(1)  # mean over layers
     out = {
-        "eval_step": history.eval_step, "valid_loss": history.valid_loss,
+        "eval_step": history.eval_step,
+        "valid_loss": history.valid_loss,
         "maxvio_global": [metrics.max_violation(layer).item() for layer in layers],
-        "maxvio_batch": [sum(metrics.max_violation(one).item() for one in layer) / len(layer) for layer in layers],
+        "maxvio_batch": [
+            sum(metrics.max_violation(one).item() for one in layer) / len(layer) for layer in layers
+        ],
         "maxvio_train": train_vio[: steps - steps % EVERY].view(-1, EVERY).mean(1).tolist(),
         "bias": biases(model),
     }
-    return out | ({"bias_trail": trail} if seed == SEEDS[0] and arm in SWEEP and steps == CONFIG["steps"] else {})
+    return out | (
+        {"bias_trail": trail}
+        if seed == SEEDS[0] and arm in SWEEP and steps == CONFIG["steps"]
+        else {}
+    )
 
 
 def verdicts(results: dict) -> dict:
     """How the claims fare here. Each run counts by the mean of its two layers; arms are compared within a seed, then averaged."""
     ours = results["chosen"]
-    vio = {arm: [sum(one["maxvio_global"]) / len(one["maxvio_global"]) for one in results[arm]] for arm in ARMS}
+    vio = {
+        arm: [sum(one["maxvio_global"]) / len(one["maxvio_global"]) for one in results[arm]]
+        for arm in ARMS
+    }
     loss = {arm: [one["valid_loss"][-1] for one in results[arm]] for arm in ARMS}
     mean = {arm: sum(values) / len(values) for arm, values in vio.items()}
     ratio = mean[BASELINE] / mean[ours]
@@ -99,27 +160,62 @@ def verdicts(results: dict) -> dict:
     quality = "reproduced" if worse <= 0.005 else "partly" if worse <= 0.02 else "not at this scale"
     best = min(SWEEP, key=mean.get)
     ends = min(mean[SWEEP[0]], mean[SWEEP[-1]]) / mean[best]
-    rate = "reproduced" if best == "bias 0.001" else "partly" if best == "bias 0.01" and ends >= 1.5 else "not at this scale"  # the same shape, shifted
+    rate = (
+        "reproduced"
+        if best == "bias 0.001"
+        else "partly"
+        if best == "bias 0.01" and ends >= 1.5
+        else "not at this scale"
+    )  # the same shape, shifted
     return {
-        "balance": {"verdict": balance, "because": f"MaxVio over the held-out set falls from {mean[BASELINE]:.2f} ({BASELINE}) to "
-                                                   f"{mean[ours]:.2f} ({ours}), by a factor of {ratio:.1f}; without balancing it is {mean['none']:.2f}."},
-        "quality": {"verdict": quality, "because": f"The held-out loss changes by {worse:+.3f} nats per byte on average, seed by seed by "
-                                                   + ", ".join(f"{g:+.3f}" for g in gap) + "."},
-        "rate": {"verdict": rate, "because": "MaxVio over the held-out set is " + ", ".join(f"{mean[arm]:.2f} at {arm.split()[1]}" for arm in SWEEP)
-                                             + f": the best of the sweep is {best.split()[1]}."},
+        "balance": {
+            "verdict": balance,
+            "because": f"MaxVio over the held-out set falls from {mean[BASELINE]:.2f} ({BASELINE}) to "
+            f"{mean[ours]:.2f} ({ours}), by a factor of {ratio:.1f}; without balancing it is {mean['none']:.2f}.",
+        },
+        "quality": {
+            "verdict": quality,
+            "because": f"The held-out loss changes by {worse:+.3f} nats per byte on average, seed by seed by "
+            + ", ".join(f"{g:+.3f}" for g in gap)
+            + ".",
+        },
+        "rate": {
+            "verdict": rate,
+            "because": "MaxVio over the held-out set is "
+            + ", ".join(f"{mean[arm]:.2f} at {arm.split()[1]}" for arm in SWEEP)
+            + f": the best of the sweep is {best.split()[1]}.",
+        },
     }
 
 
 def main() -> None:
     text = corpus.load()
-    trial = {name: found[0]["maxvio_global"] for name, found in runs.sweep(run, SWEEP, [TRIAL_SEED], text).items()}
+    trial = {
+        name: found[0]["maxvio_global"]
+        for name, found in runs.sweep(run, SWEEP, [TRIAL_SEED], text).items()
+    }
     results = runs.sweep(run, ARMS, SEEDS, text)
     short = runs.sweep(run, SHORT["arms"], SEEDS, text, SHORT["steps"])
-    results["short"] = {name: [{key: one[key] for key in ("valid_loss", "maxvio_global", "maxvio_batch")} for one in short[name]] for name in short}
+    results["short"] = {
+        name: [
+            {key: one[key] for key in ("valid_loss", "maxvio_global", "maxvio_batch")}
+            for one in short[name]
+        ]
+        for name in short
+    }
     results["trial"], results["chosen"] = trial, min(SWEEP, key=lambda name: sum(trial[name]))
     results["verdicts"] = verdicts(results)
-    config = {**CONFIG, "arms": {name: list(how) for name, how in ARMS.items()}, "baseline": BASELINE, "trial_seed": TRIAL_SEED, "sweep": list(SWEEP),
-              "short_steps": SHORT["steps"], "every": EVERY, "claims": CLAIMS, "domains": list(text.domains)}
+    config = {
+        **CONFIG,
+        "arms": {name: list(how) for name, how in ARMS.items()},
+        "baseline": BASELINE,
+        "trial_seed": TRIAL_SEED,
+        "sweep": list(SWEEP),
+        "short_steps": SHORT["steps"],
+        "every": EVERY,
+        "claims": CLAIMS,
+        "domains": list(text.domains),
+    }
     print(runs.save("loss_free_balance", config=config, seeds=SEEDS, results=results))
 
 

@@ -4,7 +4,7 @@
 """
 
 from moe_book import runs
-from moe_core.bench import routers
+from moe_tools.bench import routers
 
 if __name__ == "__main__":
     record = routers.bench(workers=2, progress=print)

@@ -7,9 +7,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # moe_book and moe_core, installed or not
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[i]) for i in (1, 2)
+]  # moe_book and moe_core, installed or not
 
 import torch
+
 from moe_book import corpus, runs
 from moe_book.training import train
 from moe_core import LanguageModel, LMConfig, MoEConfig, TopKRouter
@@ -49,11 +52,21 @@ class ScaledRouter(TopKRouter):
 def build(seed: int, top_k: int, norm_topk_prob: bool, treatment: str) -> LanguageModel:
     """The model of one run; with one seed, all treatments start from the same weights."""
     torch.manual_seed(seed)
-    moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], top_k, norm_topk_prob=norm_topk_prob, backend="loop")
+    moe = MoEConfig(
+        CONFIG["d_model"],
+        CONFIG["d_ff"],
+        CONFIG["n_experts"],
+        top_k,
+        norm_topk_prob=norm_topk_prob,
+        backend="loop",
+    )
     model = LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
     for layer, router in enumerate(routers(model)):
         if treatment == "dice":
-            router.__class__, router.dice = DiceRouter, torch.Generator().manual_seed(100 * seed + layer)
+            router.__class__, router.dice = (
+                DiceRouter,
+                torch.Generator().manual_seed(100 * seed + layer),
+            )
         if treatment == "scaled":
             router.__class__ = ScaledRouter
         if treatment in ("frozen", "dice"):
@@ -72,16 +85,24 @@ def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps
     start = [router.weight.detach().clone() for router in routers(model)]
     history = train(model, text, steps=steps, **TRAINING, seed=seed, eval_every=25, progress=False)
     model.eval()
-    sample, _ = text.batch(32, CONFIG["seq_len"], generator=torch.Generator().manual_seed(3), split="valid")
+    sample, _ = text.batch(
+        32, CONFIG["seq_len"], generator=torch.Generator().manual_seed(3), split="valid"
+    )
     with torch.no_grad():
         routings = model(sample)[1]
         passage = model(torch.tensor([list(PASSAGE)]))[1]
         pairs = [(before, router.weight) for before, router in zip(start, routers(model))]
-        cosine = [torch.cosine_similarity(before, after, dim=-1).mean().item() for before, after in pairs]
-        length = [(after.norm(dim=-1) / before.norm(dim=-1)).mean().item() for before, after in pairs]
+        cosine = [
+            torch.cosine_similarity(before, after, dim=-1).mean().item() for before, after in pairs
+        ]
+        length = [
+            (after.norm(dim=-1) / before.norm(dim=-1)).mean().item() for before, after in pairs
+        ]
     return {
-        "eval_step": history.eval_step, "valid_loss": history.valid_loss,
-        "cosine_to_start": cosine, "length_ratio": length,
+        "eval_step": history.eval_step,
+        "valid_loss": history.valid_loss,
+        "cosine_to_start": cosine,
+        "length_ratio": length,
         "entropy": [-(r.scores * r.scores.log()).sum(-1).mean().item() for r in routings],
         "load": [r.slot_share().tolist() for r in routings],
         "passage_expert": [r.expert_indices[0, :, 0].tolist() for r in passage],
@@ -93,8 +114,13 @@ def main() -> None:
     results = runs.sweep(run, ROUTERS, SEEDS, text)
     short = run("learned", 0, text, steps=SHORT_STEPS)  # what the chapter runs live
     results["short"] = {"eval_step": short["eval_step"], "valid_loss": short["valid_loss"]}
-    config = {**CONFIG, "short_steps": SHORT_STEPS, "routers": {name: list(how) for name, how in ROUTERS.items()}, "domains": list(text.domains),
-              "passage": PASSAGE.decode()}
+    config = {
+        **CONFIG,
+        "short_steps": SHORT_STEPS,
+        "routers": {name: list(how) for name, how in ROUTERS.items()},
+        "domains": list(text.domains),
+        "passage": PASSAGE.decode(),
+    }
     print(runs.save("router_learns", config=config, seeds=SEEDS, results=results))
 
 

@@ -6,9 +6,12 @@ Run it with `python book/runs/router_noise.py` (about five minutes on one quiet 
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # moe_book and moe_core, installed or not
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[i]) for i in (1, 2)
+]  # moe_book and moe_core, installed or not
 
 import torch
+
 from moe_book import corpus, runs
 from moe_book.training import train
 from moe_core import LanguageModel, LMConfig, MoEConfig, NoisyTopKRouter, SwitchRouter, metrics
@@ -31,12 +34,12 @@ TOP2 = {  # name -> noise?, weight of the importance loss, of the load loss
 CLAIMS = {
     "losses-balance": {
         "claim": "Noisy top-K without a balance loss has a coefficient of variation of the load of 3.01 and perplexity 39.8; with both losses at 0.1 it "
-                 "has 0.05 and 35.6.",
+        "has 0.05 and 35.6.",
         "source": "shazeer2017",
     },
     "jitter-best": {
         "claim": "Among ways to explore, input jitter is best, a little better than none (negative log perplexity -1.468 against -1.471), and sampling "
-                 "from the softmax is clearly worse (-1.570).",
+        "from the softmax is clearly worse (-1.570).",
         "source": "switch",
     },
 }
@@ -62,19 +65,32 @@ class QuietRouter(NoisyTopKRouter):
 def build(seed: int, name: str) -> LanguageModel:
     """The model of one run; with one seed, all start from the same weights outside the routers."""
     torch.manual_seed(seed)
-    common = {"d_model": CONFIG["d_model"], "d_ff": CONFIG["d_ff"], "n_experts": CONFIG["n_experts"], "capacity_factor": None, "backend": "loop"}
+    common = {
+        "d_model": CONFIG["d_model"],
+        "d_ff": CONFIG["d_ff"],
+        "n_experts": CONFIG["n_experts"],
+        "capacity_factor": None,
+        "backend": "loop",
+    }
     if name in TOP1:
         moe = MoEConfig(**common, top_k=1, router="switch", aux_loss_weight=0.01, **TOP1[name])
     else:
         noise, importance, load = TOP2[name]
-        moe = MoEConfig(**common, top_k=2, router="noisy_topk", router_options={"importance_loss_weight": importance, "load_loss_weight": load})
+        moe = MoEConfig(
+            **common,
+            top_k=2,
+            router="noisy_topk",
+            router_options={"importance_loss_weight": importance, "load_loss_weight": load},
+        )
     model = LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
     for layer, router in enumerate(routers(model)):
         if name == "sampled":
             router.__class__ = SampledRouter
         elif name in TOP2 and not TOP2[name][0]:
             router.__class__ = QuietRouter
-            torch.nn.init.normal_(router.weight, std=0.02, generator=torch.Generator().manual_seed(100 * seed + layer))
+            torch.nn.init.normal_(
+                router.weight, std=0.02, generator=torch.Generator().manual_seed(100 * seed + layer)
+            )
     return model
 
 
@@ -94,13 +110,19 @@ def look(model: LanguageModel, tokens_BN: torch.Tensor) -> dict:
     model.train(was_training)
     torch.set_rng_state(state)
     spread = [metrics.coefficient_of_variation(r).item() for r in clean]
-    return {"variation": sum(spread) / len(spread), "moved": moved, "unused": sum(int(metrics.dead_experts(r).sum()) for r in clean)}
+    return {
+        "variation": sum(spread) / len(spread),
+        "moved": moved,
+        "unused": sum(int(metrics.dead_experts(r).sum()) for r in clean),
+    }
 
 
 def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps"]) -> dict:
     """Train once, looking at the routers every 50 steps."""
     model = build(seed, name)
-    probe_BN = text.batch(32, CONFIG["seq_len"], generator=torch.Generator().manual_seed(3), split="valid")[0]
+    probe_BN = text.batch(
+        32, CONFIG["seq_len"], generator=torch.Generator().manual_seed(3), split="valid"
+    )[0]
     seen = {"step": [], "variation": [], "moved": [], "unused": []}
 
     def every_50(step, model, _routings):
@@ -109,28 +131,57 @@ def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps
             for key, value in look(model, probe_BN).items():
                 seen[key].append(value)
 
-    history = train(model, text, steps=steps, **TRAINING, seed=seed, eval_every=50, progress=False, on_step=every_50)
+    history = train(
+        model,
+        text,
+        steps=steps,
+        **TRAINING,
+        seed=seed,
+        eval_every=50,
+        progress=False,
+        on_step=every_50,
+    )
     return {"eval_step": history.eval_step, "valid_loss": history.valid_loss, **seen}
 
 
 def verdicts(results: dict) -> dict:
     """Losses balance: reproduced if in every seed the losses divide the variation of the load by 3 or more and lower the held-out loss; partly if
     only the first. Jitter best: two parts, sampling ends more than 0.02 nats behind argmax in every seed, jitter ends before argmax in every seed."""
-    every = {name: {key: torch.tensor([one[key][-1] for one in results[name]]) for key in ("variation", "valid_loss")} for name in [*TOP1, *TOP2]}
+    every = {
+        name: {
+            key: torch.tensor([one[key][-1] for one in results[name]])
+            for key in ("variation", "valid_loss")
+        }
+        for name in [*TOP1, *TOP2]
+    }
     bare, kept = every["noise, no loss"], every["noise, both losses"]
-    even, lower = bool((kept["variation"] * 3 <= bare["variation"]).all()), bool((kept["valid_loss"] < bare["valid_loss"]).all())
-    sampled, jitter = (every[name]["valid_loss"] - every["argmax"]["valid_loss"] for name in ("sampled", "jitter 0.01"))
+    even, lower = (
+        bool((kept["variation"] * 3 <= bare["variation"]).all()),
+        bool((kept["valid_loss"] < bare["valid_loss"]).all()),
+    )
+    sampled, jitter = (
+        every[name]["valid_loss"] - every["argmax"]["valid_loss"]
+        for name in ("sampled", "jitter 0.01")
+    )
     parts = [bool((sampled > 0.02).all()), bool((jitter < 0).all())]
     return {
         "losses-balance": {
-            "verdict": "reproduced" if even and lower else "partly" if even else "not at this scale",
+            "verdict": "reproduced"
+            if even and lower
+            else "partly"
+            if even
+            else "not at this scale",
             "because": f"The variation of the load is {bare['variation'].mean():.2f} with noise alone and {kept['variation'].mean():.2f} with both losses; the "
-                       f"held-out loss {bare['valid_loss'].mean():.3f} and {kept['valid_loss'].mean():.3f} nats per byte.",
+            f"held-out loss {bare['valid_loss'].mean():.3f} and {kept['valid_loss'].mean():.3f} nats per byte.",
         },
         "jitter-best": {
-            "verdict": "reproduced" if all(parts) else "partly" if any(parts) else "not at this scale",
+            "verdict": "reproduced"
+            if all(parts)
+            else "partly"
+            if any(parts)
+            else "not at this scale",
             "because": f"Against argmax, sampling ends {sampled.mean():+.3f} nats per byte behind (from {sampled.min():+.3f} to {sampled.max():+.3f}), jitter "
-                       f"{jitter.mean():+.3f} (from {jitter.min():+.3f} to {jitter.max():+.3f}).",
+            f"{jitter.mean():+.3f} (from {jitter.min():+.3f} to {jitter.max():+.3f}).",
         },
     }
 
@@ -139,8 +190,16 @@ def main() -> None:
     text = corpus.load()
     results = runs.sweep(run, [*TOP1, *TOP2], SEEDS, text)
     results["verdicts"] = verdicts(results)
-    results["short"] = run("noise, both losses", 0, text, steps=SHORT_STEPS)["valid_loss"]  # what the chapter runs live
-    config = {**CONFIG, "short_steps": SHORT_STEPS, "top1": TOP1, "top2": {name: list(how) for name, how in TOP2.items()}, "claims": CLAIMS}
+    results["short"] = run("noise, both losses", 0, text, steps=SHORT_STEPS)[
+        "valid_loss"
+    ]  # what the chapter runs live
+    config = {
+        **CONFIG,
+        "short_steps": SHORT_STEPS,
+        "top1": TOP1,
+        "top2": {name: list(how) for name, how in TOP2.items()},
+        "claims": CLAIMS,
+    }
     print(runs.save("router_noise", config=config, seeds=SEEDS, results=results))
 
 

@@ -6,9 +6,12 @@ Run it with `python book/runs/top1_gradient.py` (about four minutes on one quiet
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # moe_book and moe_core, installed or not
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[i]) for i in (1, 2)
+]  # moe_book and moe_core, installed or not
 
 import torch
+
 from moe_book import corpus, runs
 from moe_book.training import train
 from moe_core import LanguageModel, LMConfig, MoEConfig, TopKRouter, metrics
@@ -28,7 +31,7 @@ ROUTERS = {  # name -> norm_topk_prob, treatment
 CLAIMS = {
     "no-gradient": {
         "claim": "With one expert per token, a softmax after the top-1 leaves the router without a gradient (7e-10 against 1e-2 in one report); "
-                 "only the balance loss trains it.",
+        "only the balance loss trains it.",
         "source": "minimind_pr_859",
     },
     "costs-quality": {
@@ -49,8 +52,16 @@ class StraightThroughRouter(TopKRouter):
 def build(seed: int, norm_topk_prob: bool, treatment: str) -> LanguageModel:
     """The model of one run; with one seed, all routers start from the same weights."""
     torch.manual_seed(seed)
-    moe = MoEConfig(CONFIG["d_model"], CONFIG["d_ff"], CONFIG["n_experts"], 1, norm_topk_prob=norm_topk_prob, backend="loop",
-                    aux_loss_weight=CONFIG["aux_loss_weight"], capacity_factor=0.0 if treatment == "no expert" else None)
+    moe = MoEConfig(
+        CONFIG["d_model"],
+        CONFIG["d_ff"],
+        CONFIG["n_experts"],
+        1,
+        norm_topk_prob=norm_topk_prob,
+        backend="loop",
+        aux_loss_weight=CONFIG["aux_loss_weight"],
+        capacity_factor=0.0 if treatment == "no expert" else None,
+    )
     model = LanguageModel(LMConfig(**SIZES, max_seq_len=CONFIG["seq_len"], moe=moe))
     for router in routers(model):
         if treatment == "straight through":
@@ -79,7 +90,9 @@ def gradient_norm(model: LanguageModel, tokens_BN: torch.Tensor) -> float:
 def run(name: str, seed: int, text: corpus.Corpus) -> dict:
     """Train once: held-out loss, what gradient reaches the routers, how even the load is."""
     model = build(seed, *ROUTERS[name])
-    probe_BN = text.batch(16, CONFIG["seq_len"], generator=torch.Generator().manual_seed(3), split="valid")[0]
+    probe_BN = text.batch(
+        16, CONFIG["seq_len"], generator=torch.Generator().manual_seed(3), split="valid"
+    )[0]
     norms, at = [gradient_norm(model, probe_BN)], [0]
 
     def look(step, model, _routings):
@@ -91,31 +104,45 @@ def run(name: str, seed: int, text: corpus.Corpus) -> dict:
     model.eval()
     with torch.no_grad():
         routings = model(probe_BN)[1]
-    return {"eval_step": history.eval_step, "valid_loss": history.valid_loss, "gradient_step": at, "gradient_norm": norms,
-            "load_variation": [metrics.coefficient_of_variation(r).item() for r in routings],
-            "entropy": [metrics.router_entropy(r).item() for r in routings]}
+    return {
+        "eval_step": history.eval_step,
+        "valid_loss": history.valid_loss,
+        "gradient_step": at,
+        "gradient_norm": norms,
+        "load_variation": [metrics.coefficient_of_variation(r).item() for r in routings],
+        "entropy": [metrics.router_entropy(r).item() for r in routings],
+    }
 
 
 def verdicts(results: dict) -> dict:
     """No gradient: reproduced if at every step and seed the norm is below 1e-5 of what the router with weight p gets at that step (norms grow a
     hundredfold in training, so different steps are not compared). Costs quality: against the router with the same weight 1 that does get the gradient;
     reproduced if it is behind by more than 0.02 nats in every seed, partly if in the mean."""
-    norms = {name: torch.tensor([one["gradient_norm"] for one in results[name]]) for name in ("weight p", "renormalised")}
+    norms = {
+        name: torch.tensor([one["gradient_norm"] for one in results[name]])
+        for name in ("weight p", "renormalised")
+    }
     ratio = (norms["renormalised"] / norms["weight p"]).max().item()
     most, least = norms["renormalised"].max().item(), norms["weight p"].min().item()
-    final = {name: torch.tensor([one["valid_loss"][-1] for one in results[name]]) for name in ROUTERS}
+    final = {
+        name: torch.tensor([one["valid_loss"][-1] for one in results[name]]) for name in ROUTERS
+    }
     behind = final["renormalised"] - final["weight 1, gradient of p"]
     behind_p = (final["renormalised"] - final["weight p"]).mean().item()
     return {
         "no-gradient": {
             "verdict": "reproduced" if ratio < 1e-5 else "not at this scale",
             "because": f"Renormalised, the norm is never above {most:.0e}; with weight p it is never below {least:.0e}. At the same step the first is "
-                       f"at most {ratio:.0e} of the second.",
+            f"at most {ratio:.0e} of the second.",
         },
         "costs-quality": {
-            "verdict": "reproduced" if (behind > 0.02).all() else "partly" if behind.mean() > 0.02 else "not at this scale",
+            "verdict": "reproduced"
+            if (behind > 0.02).all()
+            else "partly"
+            if behind.mean() > 0.02
+            else "not at this scale",
             "because": f"Renormalised ends {behind.mean():+.3f} nats per byte (from {behind.min():+.3f} to {behind.max():+.3f} over the seeds) behind "
-                       f"the same weight with a gradient, and {behind_p:+.3f} behind weight p.",
+            f"the same weight with a gradient, and {behind_p:+.3f} behind weight p.",
         },
     }
 
@@ -123,7 +150,11 @@ def verdicts(results: dict) -> dict:
 def main() -> None:
     results = runs.sweep(run, ROUTERS, SEEDS, corpus.load())
     results["verdicts"] = verdicts(results)
-    config = {**CONFIG, "routers": {name: list(how) for name, how in ROUTERS.items()}, "claims": CLAIMS}
+    config = {
+        **CONFIG,
+        "routers": {name: list(how) for name, how in ROUTERS.items()},
+        "claims": CLAIMS,
+    }
     print(runs.save("top1_gradient", config=config, seeds=SEEDS, results=results))
 
 

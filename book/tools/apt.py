@@ -24,10 +24,21 @@ def apt_install(*packages: str) -> bool:
     if prefix is None:
         return False
     print(f"Installing {' '.join(packages)} with apt-get", file=sys.stderr)
-    apt = [*prefix, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120"]
+    apt = [
+        *prefix,
+        "env",
+        "DEBIAN_FRONTEND=noninteractive",
+        "apt-get",
+        "-qq",
+        "-o",
+        "DPkg::Lock::Timeout=120",
+    ]
 
     def run(*words: str) -> bool:
-        return subprocess.run([*apt, *words], stdin=subprocess.DEVNULL, capture_output=True).returncode == 0
+        return (
+            subprocess.run([*apt, *words], stdin=subprocess.DEVNULL, capture_output=True).returncode
+            == 0
+        )
 
     install = ("install", "-y", "--no-install-recommends", *packages)
     return run(*install) or (run("update") and run(*install))

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "book"))
 
-from tools.apt import apt_install  # noqa: E402  (the path comes first)
+from tools.apt import apt_install
 
 NO_VENV = """\
 {python} (Python {version}) cannot make a virtual environment: its parts venv and ensurepip are missing.
@@ -23,19 +23,29 @@ Or name another Python: make book PYTHON=/path/to/python3"""
 
 def can_make_venv() -> bool:
     """True when this Python has venv and ensurepip; asked in a new process, because an import that failed is remembered."""
-    return subprocess.run([sys.executable, "-c", "import venv, ensurepip"], capture_output=True).returncode == 0
+    return (
+        subprocess.run(
+            [sys.executable, "-c", "import venv, ensurepip"], capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 def create(venv: Path) -> Path:
     """Create the environment unless a working one is there; return its python."""
     python = venv / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    if python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0:
+    if (
+        python.exists()
+        and subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0
+    ):
         return python
     version = "{}.{}".format(*sys.version_info)
     if not can_make_venv() and not (apt_install(f"python{version}-venv") and can_make_venv()):
         sys.exit(NO_VENV.format(python=sys.executable, version=version))
     if venv.exists() and not (venv / "pyvenv.cfg").exists():
-        sys.exit(f"{venv} exists and is not a virtual environment; move it away, or choose another: VENV=...")
+        sys.exit(
+            f"{venv} exists and is not a virtual environment; move it away, or choose another: VENV=..."
+        )
     shutil.rmtree(venv, ignore_errors=True)  # half made, or its Python is gone
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     return python
@@ -44,9 +54,25 @@ def create(venv: Path) -> Path:
 def pip_install(python: Path, log: Path, what: str, *args: str) -> None:
     """Run pip install with one progress line on a terminal; exit with the end of its output when it fails."""
     start, seen, terminal = time.monotonic(), 0, sys.stderr.isatty()
-    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "off", *args]
+    command = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--disable-pip-version-check",
+        "--progress-bar",
+        "off",
+        *args,
+    ]
     with open(log, "a") as out:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True, cwd=ROOT)
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
+        )
         for line in process.stdout:
             out.write(line)
             word, _, rest = line.strip().partition(" ")
@@ -64,7 +90,10 @@ def pip_install(python: Path, log: Path, what: str, *args: str) -> None:
 
 def main(venv: Path) -> None:
     fresh = not venv.exists()
-    print(f"Preparing {venv} with Python {sys.version.split()[0]}" + (" (once; a few minutes)" if fresh else " (what is needed changed)"))
+    print(
+        f"Preparing {venv} with Python {sys.version.split()[0]}"
+        + (" (once; a few minutes)" if fresh else " (what is needed changed)")
+    )
     python = create(venv)
     log = venv / "pip.log"
     log.write_text("")

@@ -13,10 +13,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.apt import apt_install, apt_prefix  # noqa: E402  (the path comes first)
+from tools.apt import apt_install, apt_prefix
 
-NAMES = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge"]
-MAC = ["/Applications/Google Chrome.app/Contents/MacOS/Google Chrome", "/Applications/Chromium.app/Contents/MacOS/Chromium"]
+NAMES = [
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "google-chrome-stable",
+    "chrome",
+    "msedge",
+]
+MAC = [
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+]
 NONE = """\
 No Chromium was found, and none could be installed: apt-get may not be used here, and Playwright could not bring its own.
 Install Chromium or Chrome yourself, or name one: MOE_BOOK_BROWSER=/path/to/chromium make test"""
@@ -24,9 +34,21 @@ Install Chromium or Chrome yourself, or name one: MOE_BOOK_BROWSER=/path/to/chro
 
 def starts(path: str) -> bool:
     """True when the browser at path runs headless and returns a page."""
-    command = [path, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "data:text/html,<p>ready"]
+    command = [
+        path,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--dump-dom",
+        "data:text/html,<p>ready",
+    ]
     try:
-        return "ready" in subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL).stdout
+        return (
+            "ready"
+            in subprocess.run(
+                command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+            ).stdout
+        )
     except (OSError, subprocess.TimeoutExpired):
         return False
 
@@ -34,7 +56,9 @@ def starts(path: str) -> bool:
 def playwrights_own() -> str | None:
     """Where Playwright keeps its Chromium, whether or not it is there."""
     code = "from playwright.sync_api import sync_playwright as s\nwith s() as p: print(p.chromium.executable_path)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     return found.stdout.strip() or None
 
 
@@ -64,7 +88,14 @@ def playwright_install() -> bool:
     """Playwright's own Chromium, with the system libraries it needs where apt-get may be used."""
     print("Installing Playwright's own Chromium", file=sys.stderr)
     words = ["--with-deps"] if apt_prefix() is not None else []
-    return subprocess.run([sys.executable, "-m", "playwright", "install", *words, "chromium"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL).returncode == 0
+    return (
+        subprocess.run(
+            [sys.executable, "-m", "playwright", "install", *words, "chromium"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        ).returncode
+        == 0
+    )
 
 
 if __name__ == "__main__":

@@ -42,14 +42,22 @@ class ThisEnvironment(AsyncKernelManager):
 
 def notebooks(only: list[str] = (), book: Path = BOOK) -> list[Path]:
     """Chapters, then solutions; with numbers, those whose name begins with one of them."""
-    every = [*sorted((book / "chapters").glob("*.ipynb")), *sorted((book / "solutions").glob("*.ipynb"))]
+    every = [
+        *sorted((book / "chapters").glob("*.ipynb")),
+        *sorted((book / "solutions").glob("*.ipynb")),
+    ]
     return [path for path in every if not only or path.name.startswith(tuple(only))]
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
     """Run a notebook in its own directory and return it with its outputs."""
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=CELL_SECONDS, kernel_manager_class=ThisEnvironment, resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_SECONDS,
+        kernel_manager_class=ThisEnvironment,
+        resources={"metadata": {"path": str(path.parent)}},
+    )
     return client.execute()
 
 
@@ -66,7 +74,9 @@ def clean_outputs(outputs: list) -> list:
         elif "data" in output:
             if output.data.pop(WIDGET, None) and "text/html" not in output.data:
                 continue  # a progress bar; a figure has its HTML beside the widget
-            output.metadata = {key: value for key, value in output.metadata.items() if key in output.data}
+            output.metadata = {
+                key: value for key, value in output.metadata.items() if key in output.data
+            }
             if not output.data:
                 continue
         kept.append(output)
@@ -77,10 +87,14 @@ def normalise(notebook: nbformat.NotebookNode) -> str:
     """The text a notebook is stored as. Changes the notebook; doing it twice changes nothing more."""
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     kept = {key: value for key, value in notebook.metadata.items() if key == "mystnb"}
-    notebook.metadata = nbformat.from_dict({**kept, "kernelspec": KERNEL, "language_info": {"name": "python"}})
+    notebook.metadata = nbformat.from_dict(
+        {**kept, "kernelspec": KERNEL, "language_info": {"name": "python"}}
+    )
     count, ids = 0, set()
     for cell in notebook.cells:
-        cell.metadata = nbformat.from_dict({key: value for key, value in cell.metadata.items() if key in ("tags", "mystnb")})
+        cell.metadata = nbformat.from_dict(
+            {key: value for key, value in cell.metadata.items() if key in ("tags", "mystnb")}
+        )
         cell["id"] = cell_id(cell, ids)
         ids.add(cell["id"])
         if cell.cell_type == "code":
@@ -110,7 +124,9 @@ def store(path: Path, text: str) -> None:
     """Write text when it differs (the build goes by the file's time) and is not too large."""
     size = len(text.encode("utf-8"))
     if size > MAX_BYTES:
-        raise ValueError(f"{size:,} bytes; at most {MAX_BYTES:,} are stored. Thin out its figures' frames or outputs.")
+        raise ValueError(
+            f"{size:,} bytes; at most {MAX_BYTES:,} are stored. Thin out its figures' frames or outputs."
+        )
     if path.read_bytes() != text.encode("utf-8"):
         path.write_bytes(text.encode("utf-8"))
 
@@ -119,7 +135,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("only", nargs="*", help="numbers of chapters, such as 02; without, all")
     parser.add_argument("--no-execute", action="store_true", help="only normalise what is stored")
-    parser.add_argument("--check", action="store_true", help="change nothing; fail when a notebook is not in its stored form")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="change nothing; fail when a notebook is not in its stored form",
+    )
     options = parser.parse_args()
     paths, failed = notebooks(options.only), 0
     if not paths:
@@ -138,7 +158,13 @@ def main() -> None:
             if not options.check:
                 store(path, text)
             tqdm.write(f"{time.monotonic() - start:6.1f} s  {name}")
-        except (CellExecutionError, CellTimeoutError, DeadKernelError, ValueError, nbformat.ValidationError) as error:
+        except (
+            CellExecutionError,
+            CellTimeoutError,
+            DeadKernelError,
+            ValueError,
+            nbformat.ValidationError,
+        ) as error:
             failed += 1
             tqdm.write(f"  FAILED  {name}: {error}")
     if failed:

@@ -43,13 +43,23 @@ class Repository:
     @property
     def colab(self) -> str:
         """What the address of a notebook on Colab begins with."""
-        return "https://colab.research.google.com/github/" + self.url.removeprefix("https://github.com/")
+        return "https://colab.research.google.com/github/" + self.url.removeprefix(
+            "https://github.com/"
+        )
 
 
 def read(root: Path = ROOT) -> Repository:
     """The repository that _config.yml names; ValueError when it names none."""
-    block = re.search(r"^repository:\n((?:[ \t].*\n|\n|#.*\n)+)", (root / "_config.yml").read_text(encoding="utf-8") + "\n", re.M)
-    found = dict(re.findall(r"^[ \t]+(url|branch):[ \t]*[\"']?([^\s\"'#]+)", block.group(1), re.M)) if block else {}
+    block = re.search(
+        r"^repository:\n((?:[ \t].*\n|\n|#.*\n)+)",
+        (root / "_config.yml").read_text(encoding="utf-8") + "\n",
+        re.M,
+    )
+    found = (
+        dict(re.findall(r"^[ \t]+(url|branch):[ \t]*[\"']?([^\s\"'#]+)", block.group(1), re.M))
+        if block
+        else {}
+    )
     if "url" not in found:
         raise ValueError("_config.yml names no repository: url:")
     return Repository(**found)
@@ -58,7 +68,16 @@ def read(root: Path = ROOT) -> Repository:
 def texts(root: Path = ROOT) -> list[Path]:
     """The files that may name the repository."""
     notebooks = [*root.glob("book/chapters/*.ipynb"), *root.glob("book/solutions/*.ipynb")]
-    return [path for path in [root / "_config.yml", root / "README.md", *sorted(root.glob("book/**/*.md")), *sorted(notebooks)] if path.exists()]
+    return [
+        path
+        for path in [
+            root / "_config.yml",
+            root / "README.md",
+            *sorted(root.glob("book/**/*.md")),
+            *sorted(notebooks),
+        ]
+        if path.exists()
+    ]
 
 
 def stamp(new: Repository, root: Path = ROOT) -> list[Path]:
@@ -71,9 +90,16 @@ def stamp(new: Repository, root: Path = ROOT) -> list[Path]:
         for a, b in ((old.url, new.url), (old.colab, new.colab)):
             text = re.sub(re.escape(a) + whole, lambda _: b, text)
             for link in ("@", "/blob/", "/tree/"):
-                text = re.sub(re.escape(b + link + old.branch) + whole, lambda _: b + link + new.branch, text)
+                text = re.sub(
+                    re.escape(b + link + old.branch) + whole, lambda _: b + link + new.branch, text
+                )
         if path.name == "_config.yml":
-            text = re.sub(r"(^repository:\n(?:[ \t].*\n|\n|#.*\n)*?[ \t]+branch:[ \t]*)[^\s#]+", lambda m: m.group(1) + new.branch, text, flags=re.M)
+            text = re.sub(
+                r"(^repository:\n(?:[ \t].*\n|\n|#.*\n)*?[ \t]+branch:[ \t]*)[^\s#]+",
+                lambda m: m.group(1) + new.branch,
+                text,
+                flags=re.M,
+            )
         if text != before:
             path.write_bytes(text.encode("utf-8"))
             changed.append(path)
@@ -92,7 +118,9 @@ def problems(root: Path = ROOT) -> list[str]:
     for path in texts(root):
         name, text = path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
         if name.startswith("book/chapters/") and first_code_cell(path) != here.first_cell:
-            found.append(f"{name}: the first code cell is not the one that installs from {here.url}@{here.branch}")
+            found.append(
+                f"{name}: the first code cell is not the one that installs from {here.url}@{here.branch}"
+            )
         for url in re.findall(r"moe-book\[book\] @ git\+([^\s\"\\]+)", text):
             if url != f"{here.url}@{here.branch}":
                 found.append(f"{name}: installs from {url}, not from {here.url}@{here.branch}")

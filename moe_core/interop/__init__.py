@@ -1,4 +1,4 @@
-"""Models that others trained, in and out. ``hf`` reads Hugging Face's; it needs torch only, transformers is the caller's."""
+"""The public name of ``moe_tools.interop``."""
 
 from . import hf
 

@@ -1,20 +1,5 @@
-"""Hugging Face blocks in and out: the same numbers, in a MixtureOfExperts.
+"""The public name of ``moe_tools.interop.hf``."""
 
-    block = moe_core.interop.hf.from_block(hf_block, hf_config)   # weights and routing semantics, outputs equal
-    moe_core.interop.hf.to_block(block, hf_block)                 # the weights back
-    moe_core.interop.hf.convert(hf_model)                         # every MoE block of a model, in place; restore() undoes it
+from moe_tools.interop.hf import convert, from_block, restore, to_block
 
-Nothing here imports transformers: blocks are known by the name of their class, see ``families.FAMILIES``.
-
-To load a released model use transformers' own loader, safetensors only (a pickled checkpoint may run code), not quantised, then
-``convert`` it:
-
-    model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, dtype=torch.float32)   # or bfloat16
-    moe_core.interop.hf.convert(model)
-"""
-
-from .blocks import from_block, to_block
-from .families import FAMILIES
-from .models import ConvertedBlock, convert, restore
-
-__all__ = ["FAMILIES", "ConvertedBlock", "convert", "from_block", "restore", "to_block"]
+__all__ = ["convert", "from_block", "restore", "to_block"]

@@ -18,6 +18,20 @@ from .size import l1, z_loss
 from .spread import cv_squared, importance, load
 
 __all__ = [
-    "CONVENTIONS", "balanced_value", "communication_balance", "convert_coefficient", "convert_loss", "cv_squared", "device_balance",
-    "first_choice_balance", "global_balance", "global_share", "importance", "l1", "load", "load_balance", "sequence_balance", "z_loss",
+    "CONVENTIONS",
+    "balanced_value",
+    "communication_balance",
+    "convert_coefficient",
+    "convert_loss",
+    "cv_squared",
+    "device_balance",
+    "first_choice_balance",
+    "global_balance",
+    "global_share",
+    "importance",
+    "l1",
+    "load",
+    "load_balance",
+    "sequence_balance",
+    "z_loss",
 ]

@@ -5,11 +5,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .._validate import top_k_fits
 from ..routing import Routing
+from ..validate import top_k_fits
 
 
-def load_balance(routing: Routing, *, scope: str = "batch", share: Tensor | None = None, relative_scores: bool = False) -> Tensor:
+def load_balance(
+    routing: Routing,
+    *,
+    scope: str = "batch",
+    share: Tensor | None = None,
+    relative_scores: bool = False,
+) -> Tensor:
     r"""Switch Transformer load-balancing loss, generalised to K slots.
 
     .. math:: L = E \sum_e f_e P_e, \quad f_e = \text{share of slots sent to } e, \quad P_e = \text{mean score of } e
@@ -36,8 +42,12 @@ def load_balance(routing: Routing, *, scope: str = "batch", share: Tensor | None
     if share is None:
         share = routing.slot_share(scope)
     elif share.shape != (routing.n_experts,) or scope != "batch":
-        raise ValueError(f"share has shape {tuple(share.shape)}, must be (E,) = ({routing.n_experts},), with scope='batch'")
-    loss = routing.n_experts * (share.detach() * mean_score(routing, scope, relative_scores)).sum(-1)
+        raise ValueError(
+            f"share has shape {tuple(share.shape)}, must be (E,) = ({routing.n_experts},), with scope='batch'"
+        )
+    loss = routing.n_experts * (share.detach() * mean_score(routing, scope, relative_scores)).sum(
+        -1
+    )
     return loss if scope == "batch" else _mean_over_sequences(loss, routing)
 
 
@@ -56,9 +66,13 @@ def first_choice_balance(routing: Routing) -> Tensor:
 
     Source: Lepikhin et al. 2020 (arXiv 2006.16668), algorithm 1; fairscale, and DeepSpeed for top-2, count like this.
     """
-    first = replace(routing, **{
-        name: getattr(routing, name)[..., :1] for name in ("expert_indices", "expert_weights", "capacity_mask", "drop_reason")
-    })
+    first = replace(
+        routing,
+        **{
+            name: getattr(routing, name)[..., :1]
+            for name in ("expert_indices", "expert_weights", "capacity_mask", "drop_reason")
+        },
+    )
     return load_balance(routing, share=first.slot_share())
 
 
@@ -87,17 +101,23 @@ def sequence_balance(routing: Routing, *, top_k: int | None = None) -> Tensor:
         top_k = routing.top_k
     top_k_fits(top_k, routing.n_experts)
     indices_BNK = routing.scores.detach().topk(top_k, dim=-1).indices
-    chosen_BNE = torch.zeros_like(routing.scores).scatter(-1, indices_BNK, 1) * routing.real_tokens.unsqueeze(-1)
+    chosen_BNE = torch.zeros_like(routing.scores).scatter(
+        -1, indices_BNK, 1
+    ) * routing.real_tokens.unsqueeze(-1)
     count_BE = chosen_BNE.sum(1)
     share_BE = count_BE / count_BE.sum(-1, keepdim=True).clamp(min=1)
-    loss_B = routing.n_experts * (share_BE * mean_score(routing, "sequence", relative_scores=True)).sum(-1)
+    loss_B = routing.n_experts * (
+        share_BE * mean_score(routing, "sequence", relative_scores=True)
+    ).sum(-1)
     return _mean_over_sequences(loss_B, routing)
 
 
 def mean_score(routing: Routing, scope: str, relative_scores: bool) -> Tensor:
     """P, from scores as they are or divided by their sum over experts; (E,) or (B, E). The 1e-20 is DeepSeek-V3's: 0 / 0 is 0."""
     if relative_scores:
-        routing = replace(routing, scores=routing.scores / (routing.scores.sum(-1, keepdim=True) + 1e-20))
+        routing = replace(
+            routing, scores=routing.scores / (routing.scores.sum(-1, keepdim=True) + 1e-20)
+        )
     return routing.mean_score(scope)
 
 

@@ -5,7 +5,7 @@ value at perfect balance; what is counted differs too: fairscale, GShard, and De
 (``first_choice_balance``), the others all K (``load_balance``).
 """
 
-from .._validate import one_of, top_k_fits
+from ..validate import one_of, top_k_fits
 
 # convention -> its value at perfect balance, from E and K
 CONVENTIONS = {
@@ -15,7 +15,9 @@ CONVENTIONS = {
     "olmo": lambda E, K: 1.0,
     "deepspeed": lambda E, K: 1.0,
     "tutel": lambda E, K: 1.0,
-    "huggingface": lambda E, K: float(K),  # load_balancing_loss_func of Mixtral and its family: f is a share of tokens, not of slots
+    "huggingface": lambda E, K: float(
+        K
+    ),  # load_balancing_loss_func of Mixtral and its family: f is a share of tokens, not of slots
     "fairscale": lambda E, K: 1 / E**2,  # the mean over experts of me * ce
     "gshard": lambda E, K: 1 / E**2,  # as the paper writes it; lingvo multiplies by E^2
 }
@@ -44,10 +46,14 @@ def convert_loss(value, source: str, target: str, *, n_experts: int, top_k: int)
     Raises:
         ValueError: see ``balanced_value``.
     """
-    return value * (balanced_value(target, n_experts, top_k) / balanced_value(source, n_experts, top_k))
+    return value * (
+        balanced_value(target, n_experts, top_k) / balanced_value(source, n_experts, top_k)
+    )
 
 
-def convert_coefficient(coefficient: float, source: str, target: str, *, n_experts: int, top_k: int) -> float:
+def convert_coefficient(
+    coefficient: float, source: str, target: str, *, n_experts: int, top_k: int
+) -> float:
     """The coefficient that pulls as hard under ``target`` as this one does under ``source``.
 
     >>> convert_coefficient(0.01, "huggingface", "moe_core", n_experts=8, top_k=2)

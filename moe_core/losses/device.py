@@ -5,8 +5,8 @@ The expert-level loss of the same paper is ``load_balance``.
 
 from torch import Tensor
 
-from .._validate import whole
 from ..routing import Routing
+from ..validate import whole
 
 
 def device_balance(routing: Routing, n_devices: int, *, scope: str = "batch") -> Tensor:
@@ -33,7 +33,9 @@ def device_balance(routing: Routing, n_devices: int, *, scope: str = "batch") ->
     return _mean((share * _by_device(routing.mean_score(scope), n_devices)).sum(-1), routing)
 
 
-def communication_balance(routing: Routing, n_devices: int, max_devices: int, *, scope: str = "batch") -> Tensor:
+def communication_balance(
+    routing: Routing, n_devices: int, max_devices: int, *, scope: str = "batch"
+) -> Tensor:
     r"""Even numbers of tokens received: what a device sends is bounded by M, what it receives is not.
 
     .. math:: L = \sum_d f''_d P''_d, \quad f''_d = \frac{D}{M T} \sum_t 1[t \text{ is sent to } d], \quad P''_d = \sum_{e \in d} P_e
@@ -60,7 +62,9 @@ def communication_balance(routing: Routing, n_devices: int, max_devices: int, *,
         raise ValueError(f"max_devices={max_devices} must be between 1 and n_devices={n_devices}")
     device_BNK = routing.expert_indices // (routing.n_experts // n_devices)
     visits_BND = routing.scores.new_zeros(*routing.scores.shape[:2], n_devices)
-    visits_BND = visits_BND.scatter_add(-1, device_BNK, routing.selected_mask.to(visits_BND.dtype)).clamp(max=1)
+    visits_BND = visits_BND.scatter_add(
+        -1, device_BNK, routing.selected_mask.to(visits_BND.dtype)
+    ).clamp(max=1)
     received, tokens = visits_BND.sum(1), routing.real_tokens.sum(1, keepdim=True)
     if scope == "batch":
         received, tokens = received.sum(0), tokens.sum(0)

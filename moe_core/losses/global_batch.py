@@ -11,12 +11,12 @@ The mean of loss_m over micro-batches and ranks is the loss of the one big batch
 micro-batches so far (the paper's buffer), or count in a first pass without gradients.
 """
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .._ranks import n_ranks, sum_over_ranks
+from ..ranks import n_ranks, sum_over_ranks
 from ..routing import Routing
 from .balance import mean_score
 
@@ -59,5 +59,7 @@ def global_balance(routings: Sequence[Routing], *, relative_scores: bool = False
     share_E = global_share(routings)
     n_tokens = torch.stack([r.real_tokens.sum() for r in routings])
     mean_ME = torch.stack([mean_score(r, "batch", relative_scores) for r in routings])
-    score_E = (mean_ME * n_tokens.unsqueeze(-1)).sum(0) / sum_over_ranks(n_tokens.sum()).clamp(min=1)
+    score_E = (mean_ME * n_tokens.unsqueeze(-1)).sum(0) / sum_over_ranks(n_tokens.sum()).clamp(
+        min=1
+    )
     return n_ranks() * routings[0].n_experts * (share_E * score_E).sum()

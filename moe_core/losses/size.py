@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from .._validate import expansion_fits
 from ..routing import Routing
+from ..validate import expansion_fits
 from .spread import weight_per_expert
 
 
@@ -47,5 +47,7 @@ def l1(routing: Routing, *, expansion: float | None = None) -> Tensor:
     n_tokens = routing.real_tokens.sum().clamp(min=1)
     if expansion is not None:
         expansion_fits(expansion, routing.n_experts)
-        weight_E = weight_E * routing.slots_per_expert() * (routing.n_experts / expansion) / n_tokens
+        weight_E = (
+            weight_E * routing.slots_per_expert() * (routing.n_experts / expansion) / n_tokens
+        )
     return weight_E.sum() / n_tokens

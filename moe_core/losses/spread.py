@@ -60,5 +60,7 @@ def weight_per_expert(routing: Routing) -> Tensor:
     """(E,) sum of the weights of the slots that chose an expert, before capacity; carries gradient."""
     weights_BNK = routing.expert_weights * routing.selected_mask
     # One expert takes at most one slot of a token, so each entry of (B, N, E) is written once: the same bits on every device.
-    weights_BNE = torch.zeros_like(routing.scores).scatter_add(-1, routing.expert_indices, weights_BNK)
+    weights_BNE = torch.zeros_like(routing.scores).scatter_add(
+        -1, routing.expert_indices, weights_BNK
+    )
     return weights_BNE.sum((0, 1))

@@ -1,10 +1,22 @@
 """Expert parallelism: experts spread over ranks, simulated in one process or real between processes."""
 
-from .cost import Network, uniform_bytes
 from .exchange import Exchange, SimulatedExchange, TorchExchange, Transfer
 from .expert_parallel import ExpertShard, run_rows
 from .placement import Placement, by_load, contiguous, round_robin
 from .simulate import Simulation, Traffic, simulate
 
-__all__ = ["Exchange", "ExpertShard", "Network", "Placement", "SimulatedExchange", "Simulation", "TorchExchange", "Traffic", "Transfer",
-           "by_load", "contiguous", "round_robin", "run_rows", "simulate", "uniform_bytes"]
+__all__ = [
+    "Exchange",
+    "ExpertShard",
+    "Placement",
+    "SimulatedExchange",
+    "Simulation",
+    "TorchExchange",
+    "Traffic",
+    "Transfer",
+    "by_load",
+    "contiguous",
+    "round_robin",
+    "run_rows",
+    "simulate",
+]

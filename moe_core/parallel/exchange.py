@@ -5,15 +5,15 @@ Expert parallelism is written over an Exchange and over lists with one entry for
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._validate import whole
+from ..validate import whole
 
 Splits = Sequence[Sequence[int]]
 
@@ -30,7 +30,9 @@ class Exchange(ABC):
     ranks: tuple[int, ...]
 
     @abstractmethod
-    def move(self, rows: Sequence[Tensor], send: Splits, receive: Splits, what: str = "rows") -> list[Tensor]:
+    def move(
+        self, rows: Sequence[Tensor], send: Splits, receive: Splits, what: str = "rows"
+    ) -> list[Tensor]:
         """Send rows from every rank to every rank, without gradient.
 
         Args:
@@ -86,10 +88,14 @@ class SimulatedExchange(Exchange):
         self.n_ranks, self.ranks = n_ranks, tuple(range(n_ranks))
         self.transfers: list[Transfer] = []
 
-    def move(self, rows: Sequence[Tensor], send: Splits, receive: Splits, what: str = "rows") -> list[Tensor]:
+    def move(
+        self, rows: Sequence[Tensor], send: Splits, receive: Splits, what: str = "rows"
+    ) -> list[Tensor]:
         """See ``Exchange.move``."""
         pieces = [rows_s.split(list(send_s)) for rows_s, send_s in zip(rows, send)]
-        self.transfers.append(Transfer(what, torch.tensor([[piece.nbytes for piece in row] for row in pieces])))
+        self.transfers.append(
+            Transfer(what, torch.tensor([[piece.nbytes for piece in row] for row in pieces]))
+        )
         return [torch.cat([pieces[s][r] for s in self.ranks]) for r in self.ranks]
 
 
@@ -108,11 +114,19 @@ class TorchExchange(Exchange):
 
     def __init__(self, group: dist.ProcessGroup | None = None):
         if not (dist.is_available() and dist.is_initialized()):
-            raise RuntimeError("TorchExchange needs torch.distributed: start under torchrun, or call init_process_group first")
-        self.group, self.rank, self.n_ranks = group, dist.get_rank(group), dist.get_world_size(group)
+            raise RuntimeError(
+                "TorchExchange needs torch.distributed: start under torchrun, or call init_process_group first"
+            )
+        self.group, self.rank, self.n_ranks = (
+            group,
+            dist.get_rank(group),
+            dist.get_world_size(group),
+        )
         self.ranks = (self.rank,)
 
-    def move(self, rows: Sequence[Tensor], send: Splits, receive: Splits, what: str = "rows") -> list[Tensor]:
+    def move(
+        self, rows: Sequence[Tensor], send: Splits, receive: Splits, what: str = "rows"
+    ) -> list[Tensor]:
         """See ``Exchange.move``."""
         [rows_A], [to], [come] = rows, send, receive
         got = rows_A.new_empty(sum(come), *rows_A.shape[1:])

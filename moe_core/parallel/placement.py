@@ -1,10 +1,10 @@
 """Placement: which rank holds which expert. Plain Python; nothing here moves a tensor."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Sequence
 
-from .._validate import at_least, whole
+from ..validate import at_least, whole
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,17 @@ class Placement:
         object.__setattr__(self, "experts_of_rank", tuple(map(tuple, self.experts_of_rank)))
         sizes = {len(experts) for experts in self.experts_of_rank}
         if len(sizes) != 1 or 0 in sizes:
-            raise ValueError(f"experts_of_rank={self.experts_of_rank} must give every rank the same number of experts, at least 1")
+            raise ValueError(
+                f"experts_of_rank={self.experts_of_rank} must give every rank the same number of experts, at least 1"
+            )
         for rank, experts in enumerate(self.experts_of_rank):
             for expert in experts:
                 whole(0, **{f"experts_of_rank[{rank}]": expert})
         held = {expert for experts in self.experts_of_rank for expert in experts}
         if held != set(range(len(held))):
-            raise ValueError(f"experts_of_rank={self.experts_of_rank} must hold every expert from 0 to {max(held)}")
+            raise ValueError(
+                f"experts_of_rank={self.experts_of_rank} must hold every expert from 0 to {max(held)}"
+            )
         for rank, experts in enumerate(self.experts_of_rank):
             if len(set(experts)) < len(experts):
                 raise ValueError(f"experts_of_rank[{rank}]={experts} must not hold an expert twice")
@@ -52,7 +56,10 @@ class Placement:
     def places_of_expert(self) -> tuple[tuple[int, ...], ...]:
         """For each expert its places, counted through all ranks: place rank * P + p."""
         places = [expert for experts in self.experts_of_rank for expert in experts]
-        return tuple(tuple(place for place, held in enumerate(places) if held == expert) for expert in range(self.n_experts))
+        return tuple(
+            tuple(place for place, held in enumerate(places) if held == expert)
+            for expert in range(self.n_experts)
+        )
 
     @cached_property
     def n_experts(self) -> int:
@@ -62,7 +69,9 @@ class Placement:
     @property
     def replicated(self) -> tuple[int, ...]:
         """The experts that stand on several ranks."""
-        return tuple(expert for expert, places in enumerate(self.places_of_expert) if len(places) > 1)
+        return tuple(
+            expert for expert, places in enumerate(self.places_of_expert) if len(places) > 1
+        )
 
     @cached_property
     def in_order(self) -> bool:
@@ -73,7 +82,9 @@ class Placement:
 def contiguous(n_experts: int, n_ranks: int) -> Placement:
     """Rank 0 holds the first E/R experts, rank 1 the next ones. Raises ValueError where R does not divide E."""
     per_rank = _share(n_experts, n_ranks)
-    return Placement(tuple(tuple(range(rank * per_rank, (rank + 1) * per_rank)) for rank in range(n_ranks)))
+    return Placement(
+        tuple(tuple(range(rank * per_rank, (rank + 1) * per_rank)) for rank in range(n_ranks))
+    )
 
 
 def round_robin(n_experts: int, n_ranks: int) -> Placement:
@@ -105,11 +116,15 @@ def by_load(load: Sequence[float], n_ranks: int, *, replicas: int = 0) -> Placem
     for _ in range(replicas):
         free = [e for e in range(n_experts) if copies[e] < n_ranks]
         if not free:
-            raise ValueError(f"replicas={replicas} must be at most {n_experts * (n_ranks - 1)}: a rank holds an expert once")
+            raise ValueError(
+                f"replicas={replicas} must be at most {n_experts * (n_ranks - 1)}: a rank holds an expert once"
+            )
         copies[max(free, key=lambda e: load[e] / copies[e])] += 1
     ranks: list[list[int]] = [[] for _ in range(n_ranks)]
     busy = [0.0] * n_ranks
-    for expert in sorted(range(n_experts), key=lambda e: (-copies[e] if copies[e] > 1 else 0, -load[e] / copies[e])):
+    for expert in sorted(
+        range(n_experts), key=lambda e: (-copies[e] if copies[e] > 1 else 0, -load[e] / copies[e])
+    ):
         free = [rank for rank in range(n_ranks) if len(ranks[rank]) < places]
         # Copies first go where most places are left: then there is always a rank for each of them.
         free.sort(key=lambda rank: (len(ranks[rank]) if copies[expert] > 1 else 0, busy[rank]))

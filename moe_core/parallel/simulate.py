@@ -1,17 +1,15 @@
 """An MoE layer as R ranks would run it, in this process, and what they sent each other."""
 
-from typing import TYPE_CHECKING, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..routing import Routing
 from .exchange import SimulatedExchange, Transfer
 from .expert_parallel import run_rows
 from .placement import Placement, contiguous
-
-if TYPE_CHECKING:
-    from ..layer import MixtureOfExperts  # which itself imports this package
 
 
 class Traffic(NamedTuple):
@@ -55,15 +53,20 @@ class Simulation(NamedTuple):
     traffic: Traffic
 
 
-def simulate(moe: "MixtureOfExperts", xs: Sequence[Tensor], placement: Placement | None = None, *,
-             exchange: SimulatedExchange | None = None) -> Simulation:
+def simulate(
+    moe: nn.Module,
+    xs: Sequence[Tensor],
+    placement: Placement | None = None,
+    *,
+    exchange: SimulatedExchange | None = None,
+) -> Simulation:
     """Run a whole layer as if its experts were spread over R ranks, each with tokens of its own.
 
     Every rank routes its own tokens, so a capacity counts for each rank alone, as it does between real processes. Gradients reach
     the parameters of ``moe`` as the sum over ranks. The path of the rows is the one of the real exchange.
 
     Args:
-        moe: the layer; its experts all live here.
+        moe: a MixtureOfExperts; its experts all live here.
         xs: for each of R ranks its tokens (B, N, D); B and N may differ, and be 0.
         placement: who holds which expert; None for ``contiguous``.
         exchange: a SimulatedExchange whose log is wanted (it then holds every transfer, of the backward pass too).
@@ -74,14 +77,22 @@ def simulate(moe: "MixtureOfExperts", xs: Sequence[Tensor], placement: Placement
     placement = placement or contiguous(moe.experts.n_experts, len(xs))
     exchange = exchange or SimulatedExchange(len(xs))
     routings = [moe.route(x) for x in xs]
-    plans, rows = zip(*(moe.experts.gather(x, moe.expert_routing(routing)) for x, routing in zip(xs, routings)))
+    plans, rows = zip(
+        *(moe.experts.gather(x, moe.expert_routing(routing)) for x, routing in zip(xs, routings))
+    )
     counts = [moe.expert_routing(routing).tokens_per_expert for routing in routings]
-    banks = [lambda rows_AD, counts_P, owned=owned: moe.experts.run_rows(rows_AD, counts_P, owned=owned)
-             for owned in placement.experts_of_rank]
+    banks = [
+        lambda rows_AD, counts_P, owned=owned: moe.experts.run_rows(rows_AD, counts_P, owned=owned)
+        for owned in placement.experts_of_rank
+    ]
     before = len(exchange.transfers)
     outs = run_rows(rows, counts, banks, exchange, placement)
-    outputs = [moe.add_others(moe.experts.combine(out_AD, x, plan, moe.expert_routing(routing)), x, routing)
-               for out_AD, x, plan, routing in zip(outs, xs, plans, routings)]
+    outputs = [
+        moe.add_others(
+            moe.experts.combine(out_AD, x, plan, moe.expert_routing(routing)), x, routing
+        )
+        for out_AD, x, plan, routing in zip(outs, xs, plans, routings)
+    ]
     return Simulation(outputs, routings, _traffic(exchange.transfers[before:], xs[0]))
 
 

@@ -39,7 +39,9 @@ class BalancedAssignmentRouter(Router):
 
     prescribes_start = True
 
-    def __init__(self, d_model: int, n_experts: int, *, z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
+    def __init__(
+        self, d_model: int, n_experts: int, *, z_loss_weight: float = 0.0, jitter_noise: float = 0.0
+    ):
         super().__init__(d_model, n_experts, z_loss_weight=z_loss_weight, jitter_noise=jitter_noise)
 
     def reset_parameters(self) -> None:
@@ -58,7 +60,13 @@ class BalancedAssignmentRouter(Router):
             real_BN = count_real(x, padding_mask)
             indices_BN[real_BN] = balanced_assignment(logits_BNE[real_BN]).to(x.device)
         scores_BNE, indices_BN1 = logits_BNE.sigmoid(), indices_BN.unsqueeze(-1)
-        return self.route(indices_BN1, scores_BNE.gather(-1, indices_BN1), logits_BNE, scores_BNE, padding_mask=padding_mask)
+        return self.route(
+            indices_BN1,
+            scores_BNE.gather(-1, indices_BN1),
+            logits_BNE,
+            scores_BNE,
+            padding_mask=padding_mask,
+        )
 
 
 @torch.no_grad()
@@ -86,11 +94,15 @@ def balanced_assignment(scores_TE: Tensor) -> Tensor:
     bias_E = scores_RE.new_zeros(E)
     if E > 1:
         for _ in range(20):
-            bias_E = balancing_bias(scores_RE, torch.ones(len(scores_RE), dtype=torch.bool), 1, bias_E)
+            bias_E = balancing_bias(
+                scores_RE, torch.ones(len(scores_RE), dtype=torch.bool), 1, bias_E
+            )
     expert_R = (scores_RE - bias_E).argmax(-1)
     load_E = torch.zeros(E, dtype=torch.int64).scatter_add_(0, expert_R, torch.ones_like(expert_R))
     while bool((load_E > places).any()):
-        loss_RE = scores_RE.gather(1, expert_R.unsqueeze(1)) - scores_RE  # of moving this token there
+        loss_RE = (
+            scores_RE.gather(1, expert_R.unsqueeze(1)) - scores_RE
+        )  # of moving this token there
         edge_EE = torch.full((E, E), torch.inf, dtype=torch.float64)
         edge_EE.scatter_reduce_(0, expert_R.unsqueeze(1).expand(-1, E), loss_RE, "amin")
         chain = cheapest_chain(edge_EE, load_E > places, load_E < places)
@@ -108,7 +120,9 @@ def balanced_assignment(scores_TE: Tensor) -> Tensor:
 def cheapest_chain(edge_EE: Tensor, start_E: Tensor, end_E: Tensor) -> list[int]:
     """Bellman-Ford: the nodes of the cheapest path from any start to any end. Edges may be negative, circles may not."""
     E = len(edge_EE)
-    rounding = 1e-12 * float(edge_EE[edge_EE.isfinite()].abs().max().clamp(min=1))  # what is no cheaper but for it would run in circles
+    rounding = 1e-12 * float(
+        edge_EE[edge_EE.isfinite()].abs().max().clamp(min=1)
+    )  # what is no cheaper but for it would run in circles
     cost_E = torch.where(start_E, 0.0, torch.inf).double()
     came_from_E = torch.full((E,), -1)
     for _ in range(E - 1):
@@ -116,7 +130,10 @@ def cheapest_chain(edge_EE: Tensor, start_E: Tensor, end_E: Tensor) -> list[int]
         cheaper_E = through_E < cost_E - rounding
         if not bool(cheaper_E.any()):
             break
-        cost_E, came_from_E = torch.where(cheaper_E, through_E, cost_E), torch.where(cheaper_E, via_E, came_from_E)
+        cost_E, came_from_E = (
+            torch.where(cheaper_E, through_E, cost_E),
+            torch.where(cheaper_E, via_E, came_from_E),
+        )
     chain = [int(torch.where(end_E, cost_E, torch.inf).argmin())]
     while int(came_from_E[chain[0]]) >= 0:
         chain.insert(0, int(came_from_E[chain[0]]))

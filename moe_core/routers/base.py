@@ -1,17 +1,17 @@
 """What all routers share: a linear map from a token to one logit per expert, computed in float32, and the making of a Routing."""
 
 import math
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._autocast import no_autocast
 from .. import losses
-from .._validate import at_least, between, whole
+from ..autocast import no_autocast
 from ..capacity import CapacityRule
 from ..routing import DropReason, Routing
+from ..validate import at_least, between, whole
 
 
 class Router(nn.Module):
@@ -40,8 +40,16 @@ class Router(nn.Module):
     needs_token_ids = False
     prescribes_start = False
 
-    def __init__(self, d_model: int, n_experts: int, *, capacity_factor: float | CapacityRule | None = None,
-                 aux_loss_weight: float = 0.0, z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        *,
+        capacity_factor: float | CapacityRule | None = None,
+        aux_loss_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
+        jitter_noise: float = 0.0,
+    ):
         super().__init__()
         whole(1, d_model=d_model, n_experts=n_experts)
         between(0.0, 1.0, jitter_noise=jitter_noise)
@@ -64,12 +72,18 @@ class Router(nn.Module):
     def _apply(self, fn, recurse=True):
         """Move or cast the module; the state of a router (its floating-point buffers) moves but stays float32 at least: a bias
         that changes by 0.001 a step would stand still in bfloat16."""
-        state = {name: buffer for name, buffer in self._buffers.items() if buffer is not None and buffer.is_floating_point()}
+        state = {
+            name: buffer
+            for name, buffer in self._buffers.items()
+            if buffer is not None and buffer.is_floating_point()
+        }
         super()._apply(fn, recurse)
         for name, buffer in state.items():
             cast = self._buffers[name]
             if cast.dtype.itemsize < buffer.dtype.itemsize:
-                self._buffers[name] = buffer.to(cast.device, torch.promote_types(cast.dtype, torch.float32))
+                self._buffers[name] = buffer.to(
+                    cast.device, torch.promote_types(cast.dtype, torch.float32)
+                )
         return self
 
     def logits(self, x: Tensor) -> Tensor:
@@ -79,7 +93,9 @@ class Router(nn.Module):
             ValueError: x is not (B, N, D).
         """
         if x.ndim != 3 or x.shape[-1] != self.d_model:
-            raise ValueError(f"x has shape {tuple(x.shape)}, must be (B, N, d_model={self.d_model})")
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, must be (B, N, d_model={self.d_model})"
+            )
         dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x):
             x = x.to(dtype)
@@ -87,9 +103,19 @@ class Router(nn.Module):
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             return F.linear(x, self.weight.to(dtype))
 
-    def route(self, indices_BNK: Tensor, weights_BNK: Tensor, logits_BNE: Tensor, scores_BNE: Tensor, *,
-              padding_mask: Tensor | None = None, selected_BNK: Tensor | None = None, normalized: bool = False,
-              apply_capacity: bool = True, weights_on: str = "output") -> Routing:
+    def route(
+        self,
+        indices_BNK: Tensor,
+        weights_BNK: Tensor,
+        logits_BNE: Tensor,
+        scores_BNE: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        selected_BNK: Tensor | None = None,
+        normalized: bool = False,
+        apply_capacity: bool = True,
+        weights_on: str = "output",
+    ) -> Routing:
         """Make the Routing: mark padding, drop what finds no room, add the common losses.
 
         Args:
@@ -110,16 +136,27 @@ class Router(nn.Module):
             reason_BNK = reason_BNK.masked_fill(~selected_BNK, DropReason.NOT_SELECTED.value)
         if padding_mask is not None:
             require_padding_mask(padding_mask, indices_BNK.shape[:2])
-            reason_BNK = reason_BNK.masked_fill(~padding_mask.unsqueeze(-1), DropReason.PADDING.value)
+            reason_BNK = reason_BNK.masked_fill(
+                ~padding_mask.unsqueeze(-1), DropReason.PADDING.value
+            )
         routing = Routing(
-            expert_indices=indices_BNK, expert_weights=weights_BNK, capacity_mask=reason_BNK == DropReason.KEPT.value,
-            logits=logits_BNE, scores=scores_BNE, drop_reason=reason_BNK, padding_mask=padding_mask, normalized=normalized,
-            dropless=padding_mask is None and selected_BNK is None, weights_on=weights_on,
+            expert_indices=indices_BNK,
+            expert_weights=weights_BNK,
+            capacity_mask=reason_BNK == DropReason.KEPT.value,
+            logits=logits_BNE,
+            scores=scores_BNE,
+            drop_reason=reason_BNK,
+            padding_mask=padding_mask,
+            normalized=normalized,
+            dropless=padding_mask is None and selected_BNK is None,
+            weights_on=weights_on,
         )
         if apply_capacity:
             routing = self.capacity_rule.apply(routing, training=self.training)
         if self.aux_loss_weight > 0:
-            routing = routing.with_losses(load_balance=self.aux_loss_weight * self.balance_loss(routing))
+            routing = routing.with_losses(
+                load_balance=self.aux_loss_weight * self.balance_loss(routing)
+            )
         if self.z_loss_weight > 0:
             routing = routing.with_losses(z_loss=self.z_loss_weight * losses.z_loss(routing))
         return routing

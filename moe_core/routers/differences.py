@@ -3,8 +3,8 @@
 ``measure`` treats a router as a function from logits to weights and finds out the rest by experiment, so it works on anybody's.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor
@@ -37,8 +37,14 @@ class Facts:
     groups: str
 
 
-def measure(weigh: Callable[[Tensor], Tensor], n_experts: int, *, bias: Tensor | None = None, expert_bias: Tensor | None = None,
-            n_groups: int = 1) -> Facts:
+def measure(
+    weigh: Callable[[Tensor], Tensor],
+    n_experts: int,
+    *,
+    bias: Tensor | None = None,
+    expert_bias: Tensor | None = None,
+    n_groups: int = 1,
+) -> Facts:
     """Experiment on a router.
 
     Args:
@@ -65,7 +71,9 @@ def measure(weigh: Callable[[Tensor], Tensor], n_experts: int, *, bias: Tensor |
     lowest_T1 = logits_TE.masked_fill(chosen_TE, torch.inf).argmin(-1, keepdim=True)
     lowered_TE = weigh(logits_TE.scatter_add(-1, lowest_T1, torch.full(lowest_T1.shape, -1.0)))
     same_choice_T = ((lowered_TE != 0) == chosen_TE).all(-1)
-    sees_unchosen = not torch.allclose(lowered_TE[same_choice_T], weights_TE[same_choice_T], rtol=1e-4)
+    sees_unchosen = not torch.allclose(
+        lowered_TE[same_choice_T], weights_TE[same_choice_T], rtol=1e-4
+    )
 
     where = []
     if bias is not None:  # in the logits: the same as logits shifted by hand
@@ -73,18 +81,34 @@ def measure(weigh: Callable[[Tensor], Tensor], n_experts: int, *, bias: Tensor |
         bias.data.copy_(shift_E)
         where += ["logits"] * torch.allclose(weigh(logits_TE), shifted_TE, rtol=1e-4)
         bias.data.zero_()
-    if expert_bias is not None:  # in the selection only: others are chosen, and their weights follow from the logits alone
+    if (
+        expert_bias is not None
+    ):  # in the selection only: others are chosen, and their weights follow from the logits alone
         expert_bias.data.copy_(shift_E)
         biased_TE = weigh(logits_TE)
         other_choice = not torch.equal(biased_TE != 0, chosen_TE)
-        where += ["selection"] * (other_choice and _explain(biased_TE, logits_TE, top_k)[0] == score_func)
-    groups = _groups(weigh, logits_TE, SCORE_FUNCS[score_func], 0 if expert_bias is None else expert_bias, n_groups, top_k)
+        where += ["selection"] * (
+            other_choice and _explain(biased_TE, logits_TE, top_k)[0] == score_func
+        )
+    groups = _groups(
+        weigh,
+        logits_TE,
+        SCORE_FUNCS[score_func],
+        0 if expert_bias is None else expert_bias,
+        n_groups,
+        top_k,
+    )
     if expert_bias is not None:
         expert_bias.data.zero_()
     return Facts(
-        top_k=top_k, score_func=score_func, least=float(total_T.min()), most=float(total_T.max()),
-        scale=float(total_T.mean() if same_sum else scale_TK.mean()), sees_unchosen=sees_unchosen,
-        bias="both" if len(where) == 2 else where[0] if where else "none", groups=groups,
+        top_k=top_k,
+        score_func=score_func,
+        least=float(total_T.min()),
+        most=float(total_T.max()),
+        scale=float(total_T.mean() if same_sum else scale_TK.mean()),
+        sees_unchosen=sees_unchosen,
+        bias="both" if len(where) == 2 else where[0] if where else "none",
+        groups=groups,
     )
 
 
@@ -105,8 +129,12 @@ def _groups(weigh, logits_TE, score, expert_bias, n_groups, top_k) -> str:
     chosen_TE = weigh(logits_TE) != 0
     for group_score in GROUP_SCORES:
         for topk_groups in range(1, n_groups + 1):
-            kept_TE = keep_best_groups(score(logits_TE) + expert_bias, n_groups, topk_groups, group_score)
-            best_TE = torch.zeros_like(chosen_TE).scatter(-1, kept_TE.topk(top_k, dim=-1).indices, True)
+            kept_TE = keep_best_groups(
+                score(logits_TE) + expert_bias, n_groups, topk_groups, group_score
+            )
+            best_TE = torch.zeros_like(chosen_TE).scatter(
+                -1, kept_TE.topk(top_k, dim=-1).indices, True
+            )
             if torch.equal(best_TE, chosen_TE):
                 return f"best {topk_groups} of {n_groups} by {group_score}"
     raise ValueError("no rule of groups explains this choice")
@@ -125,9 +153,17 @@ def measure_router(router: TopKRouter) -> Facts:
     @torch.no_grad()
     def weigh(logits_TE: Tensor) -> Tensor:
         routing = router(logits_TE.unsqueeze(0))
-        return torch.zeros_like(logits_TE).scatter(-1, routing.expert_indices[0], routing.expert_weights[0])
+        return torch.zeros_like(logits_TE).scatter(
+            -1, routing.expert_indices[0], routing.expert_weights[0]
+        )
 
-    return measure(weigh, router.n_experts, bias=router.bias, expert_bias=router.expert_bias, n_groups=router.n_groups)
+    return measure(
+        weigh,
+        router.n_experts,
+        bias=router.bias,
+        expert_bias=router.expert_bias,
+        n_groups=router.n_groups,
+    )
 
 
 N_EXPERTS = 64  # of the routers measured: 8 groups of 8
@@ -138,23 +174,55 @@ def differences() -> list[dict]:
     rows = []
     for name, published in PRESETS.items():
         router = preset(name, d_model=N_EXPERTS, n_experts=N_EXPERTS)
-        rows.append({"name": name, "facts": measure_router(router), "router": router, "source": published.source})
+        rows.append(
+            {
+                "name": name,
+                "facts": measure_router(router),
+                "router": router,
+                "source": published.source,
+            }
+        )
     return rows
 
 
 def markdown() -> str:
     """``differences()`` as a markdown table."""
     head = (
-        "router", "K", "score", "scored", "divided by the sum", "scale", "K weights sum to", "an unchosen logit matters", "bias in",
-        "groups", "weight multiplies", "source",
+        "router",
+        "K",
+        "score",
+        "scored",
+        "divided by the sum",
+        "scale",
+        "K weights sum to",
+        "an unchosen logit matters",
+        "bias in",
+        "groups",
+        "weight multiplies",
+        "source",
     )
     lines = [head, ["---"] * len(head)]
     for row in differences():
         facts, router = row["facts"], row["router"]
-        total = f"{facts.most:.4g}" if facts.most - facts.least < 1e-4 * facts.most else f"{facts.least:.2f} to {facts.most:.2f}"
-        lines.append((
-            row["name"], facts.top_k, facts.score_func, "after top-k" if router.score_after_topk else "before top-k",
-            "yes" if router.norm_topk_prob else "no", f"{facts.scale:.4g}", total, "yes" if facts.sees_unchosen else "no",
-            {"selection": "selection only"}.get(facts.bias, facts.bias), facts.groups, router.weights_on, row["source"],
-        ))
+        total = (
+            f"{facts.most:.4g}"
+            if facts.most - facts.least < 1e-4 * facts.most
+            else f"{facts.least:.2f} to {facts.most:.2f}"
+        )
+        lines.append(
+            (
+                row["name"],
+                facts.top_k,
+                facts.score_func,
+                "after top-k" if router.score_after_topk else "before top-k",
+                "yes" if router.norm_topk_prob else "no",
+                f"{facts.scale:.4g}",
+                total,
+                "yes" if facts.sees_unchosen else "no",
+                {"selection": "selection only"}.get(facts.bias, facts.bias),
+                facts.groups,
+                router.weights_on,
+                row["source"],
+            )
+        )
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -6,8 +6,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from .._validate import expansion_fits, one_of
 from ..routing import Routing
+from ..validate import expansion_fits, one_of
 from .base import Router, require_padding_mask
 
 SCORES = ("softmax", "sigmoid")
@@ -44,8 +44,17 @@ class ExpertChoiceRouter(Router):
     Source: Zhou et al. 2022 (arXiv 2202.09368), section 3.2.
     """
 
-    def __init__(self, d_model: int, n_experts: int, expansion: float = 1.0, *, score_func: str = "softmax", scope: str = "batch",
-                 z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        expansion: float = 1.0,
+        *,
+        score_func: str = "softmax",
+        scope: str = "batch",
+        z_loss_weight: float = 0.0,
+        jitter_noise: float = 0.0,
+    ):
         expansion_fits(expansion, n_experts)
         one_of(SCORES, score_func=score_func)
         one_of(SCOPES, scope=scope)
@@ -60,15 +69,26 @@ class ExpertChoiceRouter(Router):
             ValueError: x or padding_mask has the wrong shape.
         """
         logits_BNE = self.logits(x)
-        scores_BNE = logits_BNE.softmax(-1) if self.score_func == "softmax" else logits_BNE.sigmoid()
+        scores_BNE = (
+            logits_BNE.softmax(-1) if self.score_func == "softmax" else logits_BNE.sigmoid()
+        )
         B, N, E = logits_BNE.shape
         pools, size = (1, B * N) if self.scope == "batch" else (B, N)
         real_PS = count_real(x, padding_mask).view(pools, size)
         chosen_BNE = take_best(
-            scores_BNE.view(pools, size, E), real_PS, ceil_share(real_PS.sum(-1, keepdim=True), self.share).expand(-1, E)
+            scores_BNE.view(pools, size, E),
+            real_PS,
+            ceil_share(real_PS.sum(-1, keepdim=True), self.share).expand(-1, E),
         ).view(B, N, E)
-        routing = self.route(self.every_expert(x), scores_BNE, logits_BNE, scores_BNE, padding_mask=padding_mask,
-                             selected_BNK=chosen_BNE, apply_capacity=False)
+        routing = self.route(
+            self.every_expert(x),
+            scores_BNE,
+            logits_BNE,
+            scores_BNE,
+            padding_mask=padding_mask,
+            selected_BNK=chosen_BNE,
+            apply_capacity=False,
+        )
         return replace(routing, capacity=ceil_share(size, self.share), capacity_scope=self.scope)
 
 
@@ -97,7 +117,9 @@ def take_best(ranked_by_PSE: Tensor, real_PS: Tensor, count_PE: Tensor) -> Tenso
     """
     with torch.no_grad():
         count_PE = torch.minimum(count_PE, real_PS.sum(-1, keepdim=True))
-        order_PSE = ranked_by_PSE.masked_fill(~real_PS.unsqueeze(-1), -torch.inf).argsort(dim=1, descending=True, stable=True)
+        order_PSE = ranked_by_PSE.masked_fill(~real_PS.unsqueeze(-1), -torch.inf).argsort(
+            dim=1, descending=True, stable=True
+        )
         place_S11 = torch.arange(ranked_by_PSE.shape[1], device=ranked_by_PSE.device).view(1, -1, 1)
         taken_PSE = place_S11 < count_PE.unsqueeze(1)
         return torch.zeros_like(taken_PSE).scatter(1, order_PSE, taken_PSE)

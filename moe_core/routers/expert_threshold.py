@@ -1,15 +1,15 @@
 """ExpertThresholdRouter: each expert takes the tokens above its own slowly moving threshold. Balanced, and causal."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from .._ranks import sum_over_ranks
-from .._validate import at_least, between, expansion_fits, whole
+from ..ranks import sum_over_ranks
 from ..routing import DropReason, Routing
+from ..validate import at_least, between, expansion_fits, whole
 from .base import Router
 from .expert_choice import as_fraction, ceil_share, count_real, take_best
 
@@ -53,8 +53,18 @@ class ExpertThresholdRouter(Router):
     averages the ranks' EMAs after warm-up, this their cutoffs in every update. The code compares with >=, the paper with >; this is >.
     """
 
-    def __init__(self, d_model: int, n_experts: int, expansion: float = 1.0, *, ema_decay: float = 0.99, warmup_steps: int | None = None,
-                 capacity_band: float | None = None, z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        expansion: float = 1.0,
+        *,
+        ema_decay: float = 0.99,
+        warmup_steps: int | None = None,
+        capacity_band: float | None = None,
+        z_loss_weight: float = 0.0,
+        jitter_noise: float = 0.0,
+    ):
         expansion_fits(expansion, n_experts)
         between(0.0, 1.0, ema_decay=ema_decay)
         if warmup_steps is None:
@@ -63,7 +73,12 @@ class ExpertThresholdRouter(Router):
         if capacity_band is not None:
             at_least(0, capacity_band=capacity_band)
         super().__init__(d_model, n_experts, z_loss_weight=z_loss_weight, jitter_noise=jitter_noise)
-        self.expansion, self.ema_decay, self.warmup_steps, self.capacity_band = expansion, ema_decay, warmup_steps, capacity_band
+        self.expansion, self.ema_decay, self.warmup_steps, self.capacity_band = (
+            expansion,
+            ema_decay,
+            warmup_steps,
+            capacity_band,
+        )
         self.share = as_fraction(expansion) / n_experts  # of the tokens, for each expert
         self.register_buffer("cutoffs", torch.zeros(n_experts))
         self.register_buffer("ema_weight", torch.zeros(()))
@@ -97,18 +112,36 @@ class ExpertThresholdRouter(Router):
             if self.capacity_band is not None:
                 C = as_fraction(self.capacity_band)
                 # Whole numbers inside the band; k is one of them.
-                count_E = count_E.clamp(ceil_share(k, max(1 - C, Fraction(0))), floor_share(k, 1 + C))
+                count_E = count_E.clamp(
+                    ceil_share(k, max(1 - C, Fraction(0))), floor_share(k, 1 + C)
+                )
                 capacity = floor_share(max(floor_share(real_BN.numel(), self.share), 1), 1 + C)
             count_E = torch.where(warming, k, count_E)
-            kept_BNE = take_best(logits_BNE.flatten(0, 1)[None], real_BN.view(1, -1), count_E[None]).view(logits_BNE.shape)
+            kept_BNE = take_best(
+                logits_BNE.flatten(0, 1)[None], real_BN.view(1, -1), count_E[None]
+            ).view(logits_BNE.shape)
             selected_BNE = kept_BNE | (selected_BNE & ~warming)
         scores_BNE = logits_BNE.sigmoid()
-        routing = self.route(self.every_expert(x), scores_BNE, logits_BNE, scores_BNE, padding_mask=padding_mask,
-                             selected_BNK=selected_BNE, apply_capacity=False)
+        routing = self.route(
+            self.every_expert(x),
+            scores_BNE,
+            logits_BNE,
+            scores_BNE,
+            padding_mask=padding_mask,
+            selected_BNK=selected_BNE,
+            apply_capacity=False,
+        )
         if capacity is None:
             return routing
-        reason_BNE = routing.drop_reason.masked_fill(selected_BNE & ~kept_BNE, DropReason.OVER_CAPACITY.value)
-        return replace(routing, capacity=capacity, drop_reason=reason_BNE, capacity_mask=reason_BNE == DropReason.KEPT.value)
+        reason_BNE = routing.drop_reason.masked_fill(
+            selected_BNE & ~kept_BNE, DropReason.OVER_CAPACITY.value
+        )
+        return replace(
+            routing,
+            capacity=capacity,
+            drop_reason=reason_BNE,
+            capacity_mask=reason_BNE == DropReason.KEPT.value,
+        )
 
     @torch.no_grad()
     def update(self, routings: Sequence[Routing]) -> None:
@@ -119,20 +152,28 @@ class ExpertThresholdRouter(Router):
 
         A micro-batch without a real token has no cutoff; if none has one, thresholds stay and only ``steps`` counts.
         """
-        totals = self.cutoffs.new_zeros(self.n_experts + 1)  # sum of cutoffs, and how many there are
+        totals = self.cutoffs.new_zeros(
+            self.n_experts + 1
+        )  # sum of cutoffs, and how many there are
         for routing in routings:
             real_T = routing.real_tokens.flatten()
             if real_T.numel() > 0:
                 n_real = real_T.sum()
                 k = self._k(n_real).clamp(max=real_T.numel())
-                logits_TE = routing.logits.flatten(0, 1).masked_fill(~real_T.unsqueeze(-1), -torch.inf)
+                logits_TE = routing.logits.flatten(0, 1).masked_fill(
+                    ~real_T.unsqueeze(-1), -torch.inf
+                )
                 sorted_TE = logits_TE.sort(dim=0, descending=True).values
-                cutoff = torch.cat([sorted_TE.index_select(0, k.view(1) - 1).squeeze(0), sorted_TE.new_ones(1)])
+                cutoff = torch.cat(
+                    [sorted_TE.index_select(0, k.view(1) - 1).squeeze(0), sorted_TE.new_ones(1)]
+                )
                 totals += torch.where(n_real > 0, cutoff, 0)
         totals = sum_over_ranks(totals)
         found = totals[-1] > 0
         weight = self.ema_decay * self.ema_weight + (1 - self.ema_decay)
-        step_E = (1 - self.ema_decay) / weight * (totals[:-1] / totals[-1].clamp(min=1) - self.cutoffs)
+        step_E = (
+            (1 - self.ema_decay) / weight * (totals[:-1] / totals[-1].clamp(min=1) - self.cutoffs)
+        )
         self.cutoffs += torch.where(found, step_E, 0)
         self.ema_weight.copy_(torch.where(found, weight, self.ema_weight))
         self.steps += 1
@@ -167,7 +208,9 @@ class ExpertThresholdRouter(Router):
             k = max(floor_share(T, self.share), 1)
             kth_E, next_E = sorted_TE[k - 1], sorted_TE[min(k, T - 1)]
             # Below the k-th in any case: also where the next is as large, or there is none.
-            cutoff_E = torch.minimum((kth_E + next_E) / 2, torch.nextafter(kth_E, torch.full_like(kth_E, -torch.inf)))
+            cutoff_E = torch.minimum(
+                (kth_E + next_E) / 2, torch.nextafter(kth_E, torch.full_like(kth_E, -torch.inf))
+            )
             totals = torch.cat([cutoff_E, cutoff_E.new_ones(1)]).double() * T
         totals = sum_over_ranks(totals)
         if totals[-1] == 0:

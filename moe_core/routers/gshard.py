@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from .. import losses
-from .._validate import boolean
 from ..capacity import CapacityRule
 from ..routing import Routing
+from ..validate import boolean
 from .topk import TopKRouter
 
 
@@ -36,13 +36,27 @@ class GShardRouter(TopKRouter):
     slot that is not asked takes no place (in algorithm 1 it still raises the counter).
     """
 
-    def __init__(self, d_model: int, n_experts: int, *, random_second_expert: bool = True,
-                 capacity_factor: float | CapacityRule | None = 1.0, aux_loss_weight: float = 0.0, z_loss_weight: float = 0.0):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        *,
+        random_second_expert: bool = True,
+        capacity_factor: float | CapacityRule | None = 1.0,
+        aux_loss_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
+    ):
         boolean(random_second_expert=random_second_expert)
         if capacity_factor is not None and not isinstance(capacity_factor, CapacityRule):
             capacity_factor = CapacityRule(factor=capacity_factor, drop_policy="slot_position")
-        super().__init__(d_model, n_experts, 2, capacity_factor=capacity_factor, aux_loss_weight=aux_loss_weight,
-                         z_loss_weight=z_loss_weight)
+        super().__init__(
+            d_model,
+            n_experts,
+            2,
+            capacity_factor=capacity_factor,
+            aux_loss_weight=aux_loss_weight,
+            z_loss_weight=z_loss_weight,
+        )
         self.random_second_expert = random_second_expert
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
@@ -58,9 +72,22 @@ class GShardRouter(TopKRouter):
         asked_BN2 = None
         if self.training and self.random_second_expert:
             first_BN, second_BN = gates_BN2.detach().unbind(-1)
-            asked_BN2 = torch.stack([torch.ones_like(first_BN, dtype=torch.bool), torch.rand_like(second_BN) < 2 * second_BN], dim=-1)
-        return self.route(indices_BN2, gates_BN2, logits_BNE, scores_BNE, padding_mask=padding_mask, selected_BNK=asked_BN2,
-                          normalized=True)
+            asked_BN2 = torch.stack(
+                [
+                    torch.ones_like(first_BN, dtype=torch.bool),
+                    torch.rand_like(second_BN) < 2 * second_BN,
+                ],
+                dim=-1,
+            )
+        return self.route(
+            indices_BN2,
+            gates_BN2,
+            logits_BNE,
+            scores_BNE,
+            padding_mask=padding_mask,
+            selected_BNK=asked_BN2,
+            normalized=True,
+        )
 
     def balance_loss(self, routing: Routing) -> Tensor:
         """What ``aux_loss_weight`` multiplies: the balance of first choices."""

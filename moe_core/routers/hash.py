@@ -2,15 +2,15 @@
 
 import heapq
 import random
+from collections.abc import Sequence
 from functools import partial
-from typing import Sequence
 
 import torch
 from torch import Tensor
 
-from .._validate import at_least, one_of, top_k_fits, whole
 from ..capacity import CapacityRule
 from ..routing import Routing
+from ..validate import at_least, one_of, top_k_fits, whole
 from .base import require_padding_mask
 from .topk import SCORE_FUNCS, TopKRouter
 
@@ -45,16 +45,38 @@ class HashRouter(TopKRouter):
 
     needs_token_ids = True
 
-    def __init__(self, d_model: int, n_experts: int, top_k: int = 1, *, vocab_size: int, frequencies: Sequence[float] | None = None,
-                 seed: int = 0, weights: str = "uniform", score_func: str = "sqrt_softplus", norm_topk_prob: bool = True,
-                 norm_eps: float = 1e-20, routed_scaling_factor: float = 1.0,
-                 capacity_factor: float | CapacityRule | None = None):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        top_k: int = 1,
+        *,
+        vocab_size: int,
+        frequencies: Sequence[float] | None = None,
+        seed: int = 0,
+        weights: str = "uniform",
+        score_func: str = "sqrt_softplus",
+        norm_topk_prob: bool = True,
+        norm_eps: float = 1e-20,
+        routed_scaling_factor: float = 1.0,
+        capacity_factor: float | CapacityRule | None = None,
+    ):
         one_of(WEIGHTS, weights=weights)
         frequencies = None if frequencies is None else list(frequencies)
-        make_table = partial(balanced_table, vocab_size, n_experts, top_k, frequencies=frequencies, seed=seed)
+        make_table = partial(
+            balanced_table, vocab_size, n_experts, top_k, frequencies=frequencies, seed=seed
+        )
         table_VK = make_table()
-        super().__init__(d_model, n_experts, top_k, score_func=score_func, norm_topk_prob=norm_topk_prob, norm_eps=norm_eps,
-                         routed_scaling_factor=routed_scaling_factor, capacity_factor=capacity_factor)
+        super().__init__(
+            d_model,
+            n_experts,
+            top_k,
+            score_func=score_func,
+            norm_topk_prob=norm_topk_prob,
+            norm_eps=norm_eps,
+            routed_scaling_factor=routed_scaling_factor,
+            capacity_factor=capacity_factor,
+        )
         self.vocab_size, self.weights, self._make_table = vocab_size, weights, make_table
         self.register_buffer("table", table_VK)
         if weights == "uniform":
@@ -66,7 +88,9 @@ class HashRouter(TopKRouter):
         if "table" in self._buffers:  # not yet when the base class calls this first
             self.table.copy_(self._make_table())
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None) -> Routing:
+    def forward(
+        self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None
+    ) -> Routing:
         """Route tokens (B, N, D) by their ids (B, N), of an integer dtype; what stands at padding is not read.
 
         Raises:
@@ -74,12 +98,18 @@ class HashRouter(TopKRouter):
             IndexError: an id is not in [0, vocab_size) (on the CPU; a GPU stops with an assertion of its own).
         """
         if token_ids is None:
-            raise ValueError("token_ids=None: a HashRouter routes by token id, call router(x, padding_mask, token_ids)")
+            raise ValueError(
+                "token_ids=None: a HashRouter routes by token id, call router(x, padding_mask, token_ids)"
+            )
         if x.ndim != 3 or x.shape[-1] != self.d_model:
-            raise ValueError(f"x has shape {tuple(x.shape)}, must be (B, N, d_model={self.d_model})")
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, must be (B, N, d_model={self.d_model})"
+            )
         if token_ids.shape != x.shape[:2] or token_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"token_ids must be int64 of shape {tuple(x.shape[:2])}, "
-                             f"this one is {token_ids.dtype} of shape {tuple(token_ids.shape)}")
+            raise ValueError(
+                f"token_ids must be int64 of shape {tuple(x.shape[:2])}, "
+                f"this one is {token_ids.dtype} of shape {tuple(token_ids.shape)}"
+            )
         if padding_mask is not None:
             require_padding_mask(padding_mask, token_ids.shape)
             token_ids = token_ids.masked_fill(~padding_mask, 0)
@@ -88,16 +118,33 @@ class HashRouter(TopKRouter):
             dtype = torch.promote_types(x.dtype, torch.float32)
             logits_BNE = torch.zeros(*x.shape[:2], self.n_experts, dtype=dtype, device=x.device)
             weights_BNK = torch.full_like(indices_BNK, 1 / self.top_k, dtype=dtype)
-            return self.route(indices_BNK, weights_BNK, logits_BNE, torch.softmax(logits_BNE, dim=-1), padding_mask=padding_mask,
-                              normalized=True)
+            return self.route(
+                indices_BNK,
+                weights_BNK,
+                logits_BNE,
+                torch.softmax(logits_BNE, dim=-1),
+                padding_mask=padding_mask,
+                normalized=True,
+            )
         logits_BNE = self.logits(x)
         scores_BNE = SCORE_FUNCS[self.score_func](logits_BNE)
-        return self.route(indices_BNK, self.weigh(logits_BNE, scores_BNE, indices_BNK), logits_BNE, scores_BNE,
-                          padding_mask=padding_mask)
+        return self.route(
+            indices_BNK,
+            self.weigh(logits_BNE, scores_BNE, indices_BNK),
+            logits_BNE,
+            scores_BNE,
+            padding_mask=padding_mask,
+        )
 
 
-def balanced_table(vocab_size: int, n_experts: int, top_k: int, *, frequencies: Sequence[float] | None = None,
-                   seed: int = 0) -> Tensor:
+def balanced_table(
+    vocab_size: int,
+    n_experts: int,
+    top_k: int,
+    *,
+    frequencies: Sequence[float] | None = None,
+    seed: int = 0,
+) -> Tensor:
     """(vocab_size, K) int64: from the most frequent id to the rarest, each goes to the K experts with the least to do so far.
 
     Args:
@@ -114,10 +161,14 @@ def balanced_table(vocab_size: int, n_experts: int, top_k: int, *, frequencies: 
     top_k_fits(top_k, n_experts)
     frequencies = [1] * vocab_size if frequencies is None else list(frequencies)
     if len(frequencies) != vocab_size:
-        raise ValueError(f"frequencies has {len(frequencies)} entries, must have vocab_size={vocab_size}")
+        raise ValueError(
+            f"frequencies has {len(frequencies)} entries, must have vocab_size={vocab_size}"
+        )
     for frequency in frequencies:
         at_least(0, frequencies=frequency)
-    lot = random.Random(seed)  # not torch's: the table is the same on every device and in every version
+    lot = random.Random(
+        seed
+    )  # not torch's: the table is the same on every device and in every version
     ids = sorted(range(vocab_size), key=lambda token: (-frequencies[token], lot.random()))
     busy = [(0, lot.random(), expert) for expert in range(n_experts)]
     heapq.heapify(busy)

@@ -1,14 +1,14 @@
 """LossFreeRouter: balance by a bias that selects and does nothing else (DeepSeek-V3)."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 
 from .. import losses
-from .._ranks import sum_over_ranks
-from .._validate import at_least, one_of
 from ..capacity import CapacityRule
+from ..ranks import sum_over_ranks
 from ..routing import Routing
+from ..validate import at_least, one_of
 from .topk import TopKRouter
 
 BIAS_UPDATES = ("sign", "proportional")
@@ -43,23 +43,57 @@ class LossFreeRouter(TopKRouter):
     DeepSeek-AI 2024 (DeepSeek-V3, arXiv 2412.19437), section 2.1.2.
     """
 
-    def __init__(self, d_model: int, n_experts: int, top_k: int, *, bias_update: str = "sign", bias_update_rate: float = 1e-3,
-                 sequence_loss_weight: float = 0.0, score_func: str = "sigmoid", norm_topk_prob: bool = True, norm_eps: float = 1e-20,
-                 routed_scaling_factor: float = 1.0, n_groups: int = 1, topk_groups: int = 1, group_score: str = "top2_sum",
-                 capacity_factor: float | CapacityRule | None = None, z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        top_k: int,
+        *,
+        bias_update: str = "sign",
+        bias_update_rate: float = 1e-3,
+        sequence_loss_weight: float = 0.0,
+        score_func: str = "sigmoid",
+        norm_topk_prob: bool = True,
+        norm_eps: float = 1e-20,
+        routed_scaling_factor: float = 1.0,
+        n_groups: int = 1,
+        topk_groups: int = 1,
+        group_score: str = "top2_sum",
+        capacity_factor: float | CapacityRule | None = None,
+        z_loss_weight: float = 0.0,
+        jitter_noise: float = 0.0,
+    ):
         one_of(BIAS_UPDATES, bias_update=bias_update)
         at_least(0, bias_update_rate=bias_update_rate, sequence_loss_weight=sequence_loss_weight)
-        super().__init__(d_model, n_experts, top_k, score_func=score_func, norm_topk_prob=norm_topk_prob, norm_eps=norm_eps,
-                         routed_scaling_factor=routed_scaling_factor, expert_bias=True, n_groups=n_groups, topk_groups=topk_groups,
-                         group_score=group_score, capacity_factor=capacity_factor, z_loss_weight=z_loss_weight,
-                         jitter_noise=jitter_noise)
-        self.bias_update, self.bias_update_rate, self.sequence_loss_weight = bias_update, bias_update_rate, sequence_loss_weight
+        super().__init__(
+            d_model,
+            n_experts,
+            top_k,
+            score_func=score_func,
+            norm_topk_prob=norm_topk_prob,
+            norm_eps=norm_eps,
+            routed_scaling_factor=routed_scaling_factor,
+            expert_bias=True,
+            n_groups=n_groups,
+            topk_groups=topk_groups,
+            group_score=group_score,
+            capacity_factor=capacity_factor,
+            z_loss_weight=z_loss_weight,
+            jitter_noise=jitter_noise,
+        )
+        self.bias_update, self.bias_update_rate, self.sequence_loss_weight = (
+            bias_update,
+            bias_update_rate,
+            sequence_loss_weight,
+        )
 
     def route(self, *args, **kwargs) -> Routing:
         """See ``Router.route``; adds the sequence-wise loss."""
         routing = super().route(*args, **kwargs)
         if self.sequence_loss_weight > 0:
-            routing = routing.with_losses(sequence_balance=self.sequence_loss_weight * losses.sequence_balance(routing))
+            routing = routing.with_losses(
+                sequence_balance=self.sequence_loss_weight * losses.sequence_balance(routing)
+            )
         return routing
 
     @torch.no_grad()
@@ -74,7 +108,9 @@ class LossFreeRouter(TopKRouter):
             counts_E += routing.slots_per_expert()
         counts_E = sum_over_ranks(counts_E)
         total = counts_E.sum()
-        missing_E = total - self.n_experts * counts_E  # E (mean - c_e), still an integer: no rounding can turn its sign
+        missing_E = (
+            total - self.n_experts * counts_E
+        )  # E (mean - c_e), still an integer: no rounding can turn its sign
         step_E = missing_E.sign() if self.bias_update == "sign" else missing_E / total.clamp(min=1)
         self.expert_bias += self.bias_update_rate * step_E
         self.expert_bias -= self.expert_bias.mean()

@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._autocast import no_autocast
 from .. import losses
-from .._validate import at_least, top_k_fits
+from ..autocast import no_autocast
 from ..capacity import CapacityRule
 from ..routing import Routing
+from ..validate import at_least, top_k_fits
 from .base import Router
 
 
@@ -41,17 +41,37 @@ class NoisyTopKRouter(Router):
 
     prescribes_start = True
 
-    def __init__(self, d_model: int, n_experts: int, top_k: int, *, noise_epsilon: float = 1e-2, importance_loss_weight: float = 0.1,
-                 load_loss_weight: float = 0.1, capacity_factor: float | CapacityRule | None = None, aux_loss_weight: float = 0.0,
-                 z_loss_weight: float = 0.0):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        top_k: int,
+        *,
+        noise_epsilon: float = 1e-2,
+        importance_loss_weight: float = 0.1,
+        load_loss_weight: float = 0.1,
+        capacity_factor: float | CapacityRule | None = None,
+        aux_loss_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
+    ):
         top_k_fits(top_k, n_experts)
         at_least(1e-6, noise_epsilon=noise_epsilon)
-        at_least(0, importance_loss_weight=importance_loss_weight, load_loss_weight=load_loss_weight)
-        super().__init__(d_model, n_experts, capacity_factor=capacity_factor, aux_loss_weight=aux_loss_weight,
-                         z_loss_weight=z_loss_weight)
+        at_least(
+            0, importance_loss_weight=importance_loss_weight, load_loss_weight=load_loss_weight
+        )
+        super().__init__(
+            d_model,
+            n_experts,
+            capacity_factor=capacity_factor,
+            aux_loss_weight=aux_loss_weight,
+            z_loss_weight=z_loss_weight,
+        )
         self.noise_weight = nn.Parameter(torch.zeros(n_experts, d_model))
         self.top_k, self.noise_epsilon = top_k, noise_epsilon
-        self.importance_loss_weight, self.load_loss_weight = importance_loss_weight, load_loss_weight
+        self.importance_loss_weight, self.load_loss_weight = (
+            importance_loss_weight,
+            load_loss_weight,
+        )
 
     def reset_parameters(self) -> None:
         """Set both weights to zero."""
@@ -62,7 +82,9 @@ class NoisyTopKRouter(Router):
         """sigma, (B, N, D) -> (B, N, E) in float32 at least."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x):
-            return F.softplus(F.linear(x.to(dtype), self.noise_weight.to(dtype))) + self.noise_epsilon
+            return (
+                F.softplus(F.linear(x.to(dtype), self.noise_weight.to(dtype))) + self.noise_epsilon
+            )
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """Route tokens (B, N, D); K slots per token, the highest (noisy) logit first.
@@ -72,20 +94,34 @@ class NoisyTopKRouter(Router):
         """
         logits_BNE = self.logits(x)
         std_BNE = self.noise_std(x) if self.training else None
-        noisy_BNE = logits_BNE if std_BNE is None else logits_BNE + torch.randn_like(logits_BNE) * std_BNE
+        noisy_BNE = (
+            logits_BNE if std_BNE is None else logits_BNE + torch.randn_like(logits_BNE) * std_BNE
+        )
         indices_BNK = noisy_BNE.detach().topk(self.top_k, dim=-1).indices
         weights_BNK = torch.softmax(noisy_BNE.gather(-1, indices_BNK), dim=-1)
-        routing = self.route(indices_BNK, weights_BNK, logits_BNE, torch.softmax(logits_BNE, dim=-1), padding_mask=padding_mask,
-                             normalized=True)
+        routing = self.route(
+            indices_BNK,
+            weights_BNK,
+            logits_BNE,
+            torch.softmax(logits_BNE, dim=-1),
+            padding_mask=padding_mask,
+            normalized=True,
+        )
         if self.importance_loss_weight > 0:
-            routing = routing.with_losses(importance=self.importance_loss_weight * losses.importance(routing))
+            routing = routing.with_losses(
+                importance=self.importance_loss_weight * losses.importance(routing)
+            )
         if self.load_loss_weight > 0:
             probability_BNE = probabilities(logits_BNE, noisy_BNE, std_BNE, indices_BNK)
-            routing = routing.with_losses(load=self.load_loss_weight * losses.load(routing, probability_BNE))
+            routing = routing.with_losses(
+                load=self.load_loss_weight * losses.load(routing, probability_BNE)
+            )
         return routing
 
 
-def probabilities(logits_BNE: Tensor, noisy_BNE: Tensor, std_BNE: Tensor | None, indices_BNK: Tensor) -> Tensor:
+def probabilities(
+    logits_BNE: Tensor, noisy_BNE: Tensor, std_BNE: Tensor | None, indices_BNK: Tensor
+) -> Tensor:
     r"""The chance that each expert is among the K, when its own noise is drawn again and the others' stays.
 
     .. math:: P(x, e) = \Phi\!\left(\frac{(x W_g^\top)_e - \mathrm{kth\_excluding}(H, K, e)}{\sigma_e}\right)

@@ -1,15 +1,15 @@
 """QuantileBalancingRouter: top-k with a bias per expert that is solved for, not stepped towards."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._ranks import sum_over_ranks
-from .._validate import between, boolean, one_of, top_k_fits, whole
 from ..capacity import CapacityRule
+from ..ranks import sum_over_ranks
 from ..routing import Routing
+from ..validate import between, boolean, one_of, top_k_fits, whole
 from .base import Router
 
 
@@ -47,15 +47,32 @@ class QuantileBalancingRouter(Router):
     rather than logits are balanced, as in Kimi K3 (torchtitan PR 4577).
     """
 
-    def __init__(self, d_model: int, n_experts: int, top_k: int, *, score_func: str = "sigmoid", norm_topk_prob: bool = True,
-                 ema_decay: float = 0.0, n_alternations: int = 1, capacity_factor: float | CapacityRule | None = None,
-                 z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        top_k: int,
+        *,
+        score_func: str = "sigmoid",
+        norm_topk_prob: bool = True,
+        ema_decay: float = 0.0,
+        n_alternations: int = 1,
+        capacity_factor: float | CapacityRule | None = None,
+        z_loss_weight: float = 0.0,
+        jitter_noise: float = 0.0,
+    ):
         top_k_fits(top_k, n_experts)
         one_of(("sigmoid", "softmax"), score_func=score_func)
         boolean(norm_topk_prob=norm_topk_prob)
         between(0.0, 1.0, ema_decay=ema_decay)
         whole(1, n_alternations=n_alternations)
-        super().__init__(d_model, n_experts, capacity_factor=capacity_factor, z_loss_weight=z_loss_weight, jitter_noise=jitter_noise)
+        super().__init__(
+            d_model,
+            n_experts,
+            capacity_factor=capacity_factor,
+            z_loss_weight=z_loss_weight,
+            jitter_noise=jitter_noise,
+        )
         self.top_k, self.score_func, self.norm_topk_prob = top_k, score_func, norm_topk_prob
         self.ema_decay, self.n_alternations = ema_decay, n_alternations
         self.register_buffer("beta", torch.zeros(n_experts))
@@ -73,14 +90,29 @@ class QuantileBalancingRouter(Router):
             ValueError: x or padding_mask has the wrong shape.
         """
         logits_BNE = self.logits(x)
-        log_scores_BNE = F.logsigmoid(logits_BNE) if self.score_func == "sigmoid" else F.log_softmax(logits_BNE, dim=-1)
-        scores_BNE = logits_BNE.sigmoid() if self.score_func == "sigmoid" else logits_BNE.softmax(-1)
+        log_scores_BNE = (
+            F.logsigmoid(logits_BNE)
+            if self.score_func == "sigmoid"
+            else F.log_softmax(logits_BNE, dim=-1)
+        )
+        scores_BNE = (
+            logits_BNE.sigmoid() if self.score_func == "sigmoid" else logits_BNE.softmax(-1)
+        )
         indices_BNK = (scores_BNE.detach() - self.beta).topk(self.top_k, dim=-1).indices
-        if self.norm_topk_prob:  # s / sum of the K chosen, in logarithms: scores that underflow to 0 still have a ratio
+        if (
+            self.norm_topk_prob
+        ):  # s / sum of the K chosen, in logarithms: scores that underflow to 0 still have a ratio
             weights_BNK = log_scores_BNE.gather(-1, indices_BNK).softmax(-1)
         else:
             weights_BNK = scores_BNE.gather(-1, indices_BNK)
-        return self.route(indices_BNK, weights_BNK, logits_BNE, scores_BNE, padding_mask=padding_mask, normalized=self.norm_topk_prob)
+        return self.route(
+            indices_BNK,
+            weights_BNK,
+            logits_BNE,
+            scores_BNE,
+            padding_mask=padding_mask,
+            normalized=self.norm_topk_prob,
+        )
 
     @torch.no_grad()
     def update(self, routings: Sequence[Routing]) -> None:
@@ -99,7 +131,9 @@ class QuantileBalancingRouter(Router):
                 beta_E = balancing_bias(scores_TE, real_T, self.top_k, beta_E)
             totals = torch.where(n_real > 0, torch.cat([beta_E, beta_E.new_ones(1)]) * n_real, 0)
         totals = sum_over_ranks(totals)
-        new_E = self.ema_decay * self.beta + (1 - self.ema_decay) * totals[:-1] / totals[-1].clamp(min=1)
+        new_E = self.ema_decay * self.beta + (1 - self.ema_decay) * totals[:-1] / totals[-1].clamp(
+            min=1
+        )
         self.beta.copy_(torch.where(totals[-1] > 0, new_E, self.beta))
 
 

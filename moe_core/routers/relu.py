@@ -1,14 +1,14 @@
 """ReLURouter: a token takes every expert whose logit is positive; an L1 penalty that adapts itself keeps them few."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import losses
-from .._ranks import sum_over_ranks
-from .._validate import at_least, expansion_fits
+from ..ranks import sum_over_ranks
 from ..routing import Routing
+from ..validate import at_least, expansion_fits
 from .base import Router
 
 
@@ -41,8 +41,17 @@ class ReLURouter(Router):
     Source: Wang et al. 2024 (ReMoE, arXiv 2412.14711); lambda's rule as in the authors' code.
     """
 
-    def __init__(self, d_model: int, n_experts: int, expansion: float = 1.0, *, l1_weight: float = 1e-8, l1_multiplier: float = 1.2,
-                 z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        expansion: float = 1.0,
+        *,
+        l1_weight: float = 1e-8,
+        l1_multiplier: float = 1.2,
+        z_loss_weight: float = 0.0,
+        jitter_noise: float = 0.0,
+    ):
         expansion_fits(expansion, n_experts)
         super().__init__(d_model, n_experts, z_loss_weight=z_loss_weight, jitter_noise=jitter_noise)
         at_least(0, l1_weight=l1_weight)
@@ -64,9 +73,17 @@ class ReLURouter(Router):
         """
         logits_BNE = self.logits(x)
         weights_BNE = torch.relu(logits_BNE)
-        routing = self.route(self.every_expert(x), weights_BNE, logits_BNE, weights_BNE, padding_mask=padding_mask,
-                             selected_BNK=logits_BNE > 0)
-        return routing.with_losses(l1=self.l1_coefficient * losses.l1(routing, expansion=self.expansion))
+        routing = self.route(
+            self.every_expert(x),
+            weights_BNE,
+            logits_BNE,
+            weights_BNE,
+            padding_mask=padding_mask,
+            selected_BNK=logits_BNE > 0,
+        )
+        return routing.with_losses(
+            l1=self.l1_coefficient * losses.l1(routing, expansion=self.expansion)
+        )
 
     @torch.no_grad()
     def update(self, routings: Sequence[Routing]) -> None:
@@ -78,5 +95,7 @@ class ReLURouter(Router):
         too_many = selected.double() > self.expansion * tokens.double()
         factor = torch.where(too_many, self.l1_multiplier, 1 / self.l1_multiplier)
         factor = torch.where(tokens > 0, factor, 1.0).to(self.l1_coefficient.dtype)
-        if self.l1_weight > 0:  # where float32 can still multiply by 1.2, so that lambda always finds its way back
+        if (
+            self.l1_weight > 0
+        ):  # where float32 can still multiply by 1.2, so that lambda always finds its way back
             self.l1_coefficient.mul_(factor).clamp_(1e-20, 1e20)

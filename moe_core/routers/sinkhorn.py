@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from .._validate import at_least, top_k_fits, whole
 from ..capacity import CapacityRule
 from ..routing import Routing
+from ..validate import at_least, top_k_fits, whole
 from .base import Router
 from .expert_choice import count_real
 
@@ -38,12 +38,28 @@ class SinkhornRouter(Router):
     on exp(h), which overflows for h > 88, and compares v; here both are logarithms.
     """
 
-    def __init__(self, d_model: int, n_experts: int, top_k: int = 1, *, tolerance: float = 1e-4, max_rounds: int = 100,
-                 capacity_factor: float | CapacityRule | None = None, z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        top_k: int = 1,
+        *,
+        tolerance: float = 1e-4,
+        max_rounds: int = 100,
+        capacity_factor: float | CapacityRule | None = None,
+        z_loss_weight: float = 0.0,
+        jitter_noise: float = 0.0,
+    ):
         top_k_fits(top_k, n_experts)
         at_least(0, tolerance=tolerance)
         whole(1, max_rounds=max_rounds)
-        super().__init__(d_model, n_experts, capacity_factor=capacity_factor, z_loss_weight=z_loss_weight, jitter_noise=jitter_noise)
+        super().__init__(
+            d_model,
+            n_experts,
+            capacity_factor=capacity_factor,
+            z_loss_weight=z_loss_weight,
+            jitter_noise=jitter_noise,
+        )
         self.top_k, self.tolerance, self.max_rounds = top_k, tolerance, max_rounds
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
@@ -55,16 +71,28 @@ class SinkhornRouter(Router):
         logits_BNE = self.logits(x)
         ranked_by_BNE = logits_BNE.detach()
         if self.training:
-            _, log_v_E = sinkhorn(ranked_by_BNE.flatten(0, 1), count_real(x, padding_mask).flatten(),
-                                  tolerance=self.tolerance, max_rounds=self.max_rounds)
+            _, log_v_E = sinkhorn(
+                ranked_by_BNE.flatten(0, 1),
+                count_real(x, padding_mask).flatten(),
+                tolerance=self.tolerance,
+                max_rounds=self.max_rounds,
+            )
             ranked_by_BNE = ranked_by_BNE + log_v_E
         indices_BNK = ranked_by_BNE.topk(self.top_k, dim=-1).indices
         scores_BNE = logits_BNE.sigmoid() if self.top_k == 1 else logits_BNE.softmax(-1)
-        return self.route(indices_BNK, scores_BNE.gather(-1, indices_BNK), logits_BNE, scores_BNE, padding_mask=padding_mask)
+        return self.route(
+            indices_BNK,
+            scores_BNE.gather(-1, indices_BNK),
+            logits_BNE,
+            scores_BNE,
+            padding_mask=padding_mask,
+        )
 
 
 @torch.no_grad()
-def sinkhorn(logits_TE: Tensor, real_T: Tensor, *, tolerance: float = 1e-4, max_rounds: int = 100) -> tuple[Tensor, Tensor]:
+def sinkhorn(
+    logits_TE: Tensor, real_T: Tensor, *, tolerance: float = 1e-4, max_rounds: int = 100
+) -> tuple[Tensor, Tensor]:
     r"""Scale exp(h) to row sums 1/T and column sums 1/E, by turns; padding rows have sum 0.
 
     .. math:: u_t \leftarrow \frac{1}{T \sum_e e^{h_{t,e}} v_e}, \qquad v_e \leftarrow \frac{1}{E \sum_t u_t e^{h_{t,e}}}
@@ -74,7 +102,9 @@ def sinkhorn(logits_TE: Tensor, real_T: Tensor, *, tolerance: float = 1e-4, max_
         to the tolerance. log v is 0 when there is no real token.
     """
     E = logits_TE.shape[-1]
-    log_share_T = torch.where(real_T, -real_T.sum().clamp(min=1).to(logits_TE.dtype).log(), -torch.inf)
+    log_share_T = torch.where(
+        real_T, -real_T.sum().clamp(min=1).to(logits_TE.dtype).log(), -torch.inf
+    )
     log_v_E = logits_TE.new_zeros(E)
     for _ in range(max_rounds if len(logits_TE) else 0):
         before_E = log_v_E

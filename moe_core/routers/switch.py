@@ -20,8 +20,23 @@ class SwitchRouter(TopKRouter):
     Source: Fedus et al. 2021 (arXiv 2101.03961), sections 2.1, 2.2 and 2.4; the factors as in its authors' configuration files.
     """
 
-    def __init__(self, d_model: int, n_experts: int, *,
-                 capacity_factor: float | CapacityRule | None = CapacityRule(factor=1.25, eval_factor=2.0),
-                 aux_loss_weight: float = 0.01, z_loss_weight: float = 0.0, jitter_noise: float = 0.01):
-        super().__init__(d_model, n_experts, 1, norm_topk_prob=False, capacity_factor=capacity_factor,
-                         aux_loss_weight=aux_loss_weight, z_loss_weight=z_loss_weight, jitter_noise=jitter_noise)
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        *,
+        capacity_factor: float | CapacityRule | None = CapacityRule(factor=1.25, eval_factor=2.0),
+        aux_loss_weight: float = 0.01,
+        z_loss_weight: float = 0.0,
+        jitter_noise: float = 0.01,
+    ):
+        super().__init__(
+            d_model,
+            n_experts,
+            1,
+            norm_topk_prob=False,
+            capacity_factor=capacity_factor,
+            aux_loss_weight=aux_loss_weight,
+            z_loss_weight=z_loss_weight,
+            jitter_noise=jitter_noise,
+        )

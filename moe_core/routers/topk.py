@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
-from .._validate import at_least, boolean, one_of, top_k_fits, whole
 from ..capacity import CapacityRule
 from ..routing import WEIGHTS_ON, Routing
+from ..validate import at_least, boolean, one_of, top_k_fits, whole
 from .base import Router
 
 
@@ -16,7 +16,11 @@ def sqrt_softplus(logits: Tensor) -> Tensor:
     return F.softplus(logits).clamp(min=torch.finfo(logits.dtype).tiny).sqrt()
 
 
-SCORE_FUNCS = {"softmax": lambda logits: torch.softmax(logits, dim=-1), "sigmoid": torch.sigmoid, "sqrt_softplus": sqrt_softplus}
+SCORE_FUNCS = {
+    "softmax": lambda logits: torch.softmax(logits, dim=-1),
+    "sigmoid": torch.sigmoid,
+    "sqrt_softplus": sqrt_softplus,
+}
 GROUP_SCORES = {
     "max": lambda choice_BNGM: choice_BNGM.amax(dim=-1),
     "top2_sum": lambda choice_BNGM: choice_BNGM.topk(2, dim=-1).values.sum(dim=-1),
@@ -56,24 +60,63 @@ class TopKRouter(Router):
     section 2.1.2). The options of published models stand in ``presets``.
     """
 
-    def __init__(self, d_model: int, n_experts: int, top_k: int, *, score_func: str = "softmax", score_after_topk: bool = False,
-                 norm_topk_prob: bool = True, norm_eps: float = 0.0, routed_scaling_factor: float = 1.0, bias: bool = False,
-                 expert_bias: bool = False, n_groups: int = 1, topk_groups: int = 1, group_score: str = "max",
-                 weights_on: str = "output", capacity_factor: float | CapacityRule | None = None, aux_loss_weight: float = 0.0,
-                 z_loss_weight: float = 0.0, jitter_noise: float = 0.0):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        top_k: int,
+        *,
+        score_func: str = "softmax",
+        score_after_topk: bool = False,
+        norm_topk_prob: bool = True,
+        norm_eps: float = 0.0,
+        routed_scaling_factor: float = 1.0,
+        bias: bool = False,
+        expert_bias: bool = False,
+        n_groups: int = 1,
+        topk_groups: int = 1,
+        group_score: str = "max",
+        weights_on: str = "output",
+        capacity_factor: float | CapacityRule | None = None,
+        aux_loss_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
+        jitter_noise: float = 0.0,
+    ):
         top_k_fits(top_k, n_experts)
         one_of(SCORE_FUNCS, score_func=score_func)
         one_of(WEIGHTS_ON, weights_on=weights_on)
-        boolean(score_after_topk=score_after_topk, norm_topk_prob=norm_topk_prob, bias=bias, expert_bias=expert_bias)
+        boolean(
+            score_after_topk=score_after_topk,
+            norm_topk_prob=norm_topk_prob,
+            bias=bias,
+            expert_bias=expert_bias,
+        )
         at_least(0, norm_eps=norm_eps, routed_scaling_factor=routed_scaling_factor)
         groups_fit(n_groups, topk_groups, group_score, n_experts, top_k)
-        super().__init__(d_model, n_experts, capacity_factor=capacity_factor, aux_loss_weight=aux_loss_weight,
-                         z_loss_weight=z_loss_weight, jitter_noise=jitter_noise)
+        super().__init__(
+            d_model,
+            n_experts,
+            capacity_factor=capacity_factor,
+            aux_loss_weight=aux_loss_weight,
+            z_loss_weight=z_loss_weight,
+            jitter_noise=jitter_noise,
+        )
         self.top_k, self.score_func, self.score_after_topk = top_k, score_func, score_after_topk
-        self.norm_topk_prob, self.norm_eps, self.routed_scaling_factor = norm_topk_prob, norm_eps, routed_scaling_factor
-        self.n_groups, self.topk_groups, self.group_score, self.weights_on = n_groups, topk_groups, group_score, weights_on
+        self.norm_topk_prob, self.norm_eps, self.routed_scaling_factor = (
+            norm_topk_prob,
+            norm_eps,
+            routed_scaling_factor,
+        )
+        self.n_groups, self.topk_groups, self.group_score, self.weights_on = (
+            n_groups,
+            topk_groups,
+            group_score,
+            weights_on,
+        )
         self.bias = nn.Parameter(torch.zeros(n_experts)) if bias else None
-        self.register_buffer("expert_bias", torch.zeros(n_experts, dtype=torch.float32) if expert_bias else None)
+        self.register_buffer(
+            "expert_bias", torch.zeros(n_experts, dtype=torch.float32) if expert_bias else None
+        )
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """Route tokens (B, N, D); K slots per token, the best expert first.
@@ -85,8 +128,15 @@ class TopKRouter(Router):
         scores_BNE = self.scores_of(logits_BNE)
         indices_BNK = self.select(logits_BNE if self.score_after_topk else scores_BNE)
         weights_BNK = self.weigh(logits_BNE, scores_BNE, indices_BNK)
-        return self.route(indices_BNK, weights_BNK, logits_BNE, scores_BNE, padding_mask=padding_mask,
-                          normalized=self.sums_to_one, weights_on=self.weights_on)
+        return self.route(
+            indices_BNK,
+            weights_BNK,
+            logits_BNE,
+            scores_BNE,
+            padding_mask=padding_mask,
+            normalized=self.sums_to_one,
+            weights_on=self.weights_on,
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, E) in float32 at least; see ``Router.logits``."""
@@ -103,7 +153,9 @@ class TopKRouter(Router):
         if self.expert_bias is not None:
             choice_BNE = choice_BNE + self.expert_bias
         if self.n_groups > 1:
-            choice_BNE = keep_best_groups(choice_BNE, self.n_groups, self.topk_groups, self.group_score)
+            choice_BNE = keep_best_groups(
+                choice_BNE, self.n_groups, self.topk_groups, self.group_score
+            )
         return choice_BNE.topk(self.top_k, dim=-1).indices
 
     def weigh(self, logits_BNE: Tensor, scores_BNE: Tensor, indices_BNK: Tensor) -> Tensor:
@@ -126,23 +178,34 @@ class TopKRouter(Router):
     def sums_to_one(self) -> bool:
         """True where the K weights sum to 1 for every input: a softmax over the K, or one whose largest values are divided by
         their sum. A sigmoid may underflow for all K, and a bias may select experts whose softmax does."""
-        if self.routed_scaling_factor != 1 or self.score_func != "softmax" or self.norm_topk_prob and self.norm_eps > 1e-6:
+        if (
+            self.routed_scaling_factor != 1
+            or self.score_func != "softmax"
+            or self.norm_topk_prob
+            and self.norm_eps > 1e-6
+        ):
             return False
         return self.score_after_topk or self.norm_topk_prob and self.expert_bias is None
 
 
-def keep_best_groups(choice_BNE: Tensor, n_groups: int, topk_groups: int, group_score: str) -> Tensor:
+def keep_best_groups(
+    choice_BNE: Tensor, n_groups: int, topk_groups: int, group_score: str
+) -> Tensor:
     """The values of the experts in each token's best groups; -inf for the others.
 
     -inf and not 0: a biased score can be negative, and then experts outside the groups would win (DeepSeek-V3, issue 741).
     """
     choice_BNGM = choice_BNE.unflatten(-1, (n_groups, -1))
     best_BNg = GROUP_SCORES[group_score](choice_BNGM).topk(topk_groups, dim=-1).indices
-    out_BNG = torch.ones(choice_BNGM.shape[:-1], dtype=torch.bool, device=choice_BNE.device).scatter(-1, best_BNg, False)
+    out_BNG = torch.ones(
+        choice_BNGM.shape[:-1], dtype=torch.bool, device=choice_BNE.device
+    ).scatter(-1, best_BNg, False)
     return choice_BNGM.masked_fill(out_BNG.unsqueeze(-1), -torch.inf).flatten(-2)
 
 
-def groups_fit(n_groups: int, topk_groups: int, group_score: str, n_experts: int, top_k: int) -> None:
+def groups_fit(
+    n_groups: int, topk_groups: int, group_score: str, n_experts: int, top_k: int
+) -> None:
     """Raise ValueError unless the groups divide the experts and the chosen ones hold at least K."""
     whole(1, n_groups=n_groups, topk_groups=topk_groups)
     one_of(GROUP_SCORES, group_score=group_score)
@@ -156,4 +219,6 @@ def groups_fit(n_groups: int, topk_groups: int, group_score: str, n_experts: int
             f"top_k={top_k} must be at most {topk_groups * size}, the experts in topk_groups={topk_groups} groups of {size}"
         )
     if n_groups > 1 and group_score == "top2_sum" and size < 2:
-        raise ValueError(f"n_groups={n_groups} leaves {size} expert a group, group_score='top2_sum' needs at least 2")
+        raise ValueError(
+            f"n_groups={n_groups} leaves {size} expert a group, group_score='top2_sum' needs at least 2"
+        )

@@ -1,13 +1,13 @@
 """ZeroComputationRouter: token choice among E real experts and some that cost nothing, so that easy tokens cost less."""
 
-from typing import Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .._ranks import sum_over_ranks
-from .._validate import at_least, boolean, whole
+from ..ranks import sum_over_ranks
 from ..routing import Routing
+from ..validate import at_least, boolean, whole
 from .base import Router
 
 
@@ -49,33 +49,76 @@ class ZeroComputationRouter(Router):
     LongCat-Flash (arXiv 2509.01322), where all of Z are copies, for the bias (its formula from an account of the paper).
     """
 
-    def __init__(self, d_model: int, n_experts: int, top_k: int, *, n_zero_experts: int = 1, n_copy_experts: int = 1,
-                 n_constant_experts: int = 1, norm_topk_prob: bool = True, ffn_ratio: float = 1.0, bias_update_rate: float = 0.0,
-                 mean_ffn_experts: float | None = None, aux_loss_weight: float = 0.0, z_loss_weight: float = 0.0,
-                 jitter_noise: float = 0.0):
+    def __init__(
+        self,
+        d_model: int,
+        n_experts: int,
+        top_k: int,
+        *,
+        n_zero_experts: int = 1,
+        n_copy_experts: int = 1,
+        n_constant_experts: int = 1,
+        norm_topk_prob: bool = True,
+        ffn_ratio: float = 1.0,
+        bias_update_rate: float = 0.0,
+        mean_ffn_experts: float | None = None,
+        aux_loss_weight: float = 0.0,
+        z_loss_weight: float = 0.0,
+        jitter_noise: float = 0.0,
+    ):
         whole(1, n_experts=n_experts)
-        whole(0, n_zero_experts=n_zero_experts, n_copy_experts=n_copy_experts, n_constant_experts=n_constant_experts)
+        whole(
+            0,
+            n_zero_experts=n_zero_experts,
+            n_copy_experts=n_copy_experts,
+            n_constant_experts=n_constant_experts,
+        )
         n_cheap = n_zero_experts + n_copy_experts + n_constant_experts
         if n_cheap == 0:
-            raise ValueError("n_zero_experts, n_copy_experts and n_constant_experts must not all be 0")
-        if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= n_experts + n_cheap:
-            raise ValueError(f"top_k={top_k!r} must be between 1 and all experts={n_experts + n_cheap}")
+            raise ValueError(
+                "n_zero_experts, n_copy_experts and n_constant_experts must not all be 0"
+            )
+        if (
+            isinstance(top_k, bool)
+            or not isinstance(top_k, int)
+            or not 1 <= top_k <= n_experts + n_cheap
+        ):
+            raise ValueError(
+                f"top_k={top_k!r} must be between 1 and all experts={n_experts + n_cheap}"
+            )
         boolean(norm_topk_prob=norm_topk_prob)
         at_least(0, ffn_ratio=ffn_ratio, bias_update_rate=bias_update_rate)
         if ffn_ratio == 0:
             raise ValueError(f"ffn_ratio={ffn_ratio!r} must be above 0")
         if (bias_update_rate > 0) != (mean_ffn_experts is not None):
-            raise ValueError(f"mean_ffn_experts={mean_ffn_experts!r} must be given exactly when "
-                             f"bias_update_rate={bias_update_rate!r} is above 0")
+            raise ValueError(
+                f"mean_ffn_experts={mean_ffn_experts!r} must be given exactly when "
+                f"bias_update_rate={bias_update_rate!r} is above 0"
+            )
         if mean_ffn_experts is not None:
             at_least(0, mean_ffn_experts=mean_ffn_experts)
             if mean_ffn_experts > min(top_k, n_experts):
-                raise ValueError(f"mean_ffn_experts={mean_ffn_experts!r} must be at most {min(top_k, n_experts)}")
-        super().__init__(d_model, n_experts + n_cheap, aux_loss_weight=aux_loss_weight, z_loss_weight=z_loss_weight,
-                         jitter_noise=jitter_noise)
+                raise ValueError(
+                    f"mean_ffn_experts={mean_ffn_experts!r} must be at most {min(top_k, n_experts)}"
+                )
+        super().__init__(
+            d_model,
+            n_experts + n_cheap,
+            aux_loss_weight=aux_loss_weight,
+            z_loss_weight=z_loss_weight,
+            jitter_noise=jitter_noise,
+        )
         self.top_k, self.norm_topk_prob, self.n_ffn_experts = top_k, norm_topk_prob, n_experts
-        self.n_zero_experts, self.n_copy_experts, self.n_constant_experts = n_zero_experts, n_copy_experts, n_constant_experts
-        self.ffn_ratio, self.bias_update_rate, self.mean_ffn_experts = ffn_ratio, bias_update_rate, mean_ffn_experts
+        self.n_zero_experts, self.n_copy_experts, self.n_constant_experts = (
+            n_zero_experts,
+            n_copy_experts,
+            n_constant_experts,
+        )
+        self.ffn_ratio, self.bias_update_rate, self.mean_ffn_experts = (
+            ffn_ratio,
+            bias_update_rate,
+            mean_ffn_experts,
+        )
         self.register_buffer("expert_bias", torch.zeros(n_experts + n_cheap, dtype=torch.float32))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
@@ -90,8 +133,14 @@ class ZeroComputationRouter(Router):
         weights_BNK = scores_BNE.gather(-1, indices_BNK)  # the bias selects and does nothing else
         if self.norm_topk_prob:
             weights_BNK = weights_BNK / weights_BNK.sum(dim=-1, keepdim=True)
-        return self.route(indices_BNK, weights_BNK, logits_BNE, scores_BNE, padding_mask=padding_mask,
-                          normalized=self.norm_topk_prob)
+        return self.route(
+            indices_BNK,
+            weights_BNK,
+            logits_BNE,
+            scores_BNE,
+            padding_mask=padding_mask,
+            normalized=self.norm_topk_prob,
+        )
 
     def balance_loss(self, routing: Routing) -> Tensor:
         """The balance loss of the formula above, without its coefficient; with tau = 1 it is ``losses.load_balance``."""
@@ -112,4 +161,6 @@ class ZeroComputationRouter(Router):
         share_E = counts_E.double() / counts_E.sum().clamp(min=1)
         missing_E = self.mean_ffn_experts / (self.top_k * self.n_ffn_experts) - share_E
         missing_E[self.n_ffn_experts :] = 0
-        self.expert_bias += (self.bias_update_rate * missing_E * (counts_E.sum() > 0)).to(self.expert_bias.dtype)
+        self.expert_bias += (self.bias_update_rate * missing_E * (counts_E.sum() > 0)).to(
+            self.expert_bias.dtype
+        )

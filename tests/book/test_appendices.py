@@ -5,48 +5,80 @@ import inspect
 import re
 
 import pytest
-from moe_core import MixtureOfExperts, MoEConfig, losses, metrics
-from moe_core.routers import ROUTERS
-from tools import repo
 
 import moe_core
+from moe_core import MixtureOfExperts, MoEConfig, losses, metrics
+from moe_core.routers import ROUTERS
 from tests.museum import page
+from tools import repo
 
 BOOK = repo.ROOT / "book"
 PAGES = ["names", "glossary", "timeline", "mistakes", "notation"]
 KEYS = set(re.findall(r"^@\w+\{([^,\s]+)", (BOOK / "references.bib").read_text("utf8"), re.M))
 NAMES = (BOOK / "names.md").read_text("utf8")
-OURS = sorted({name for row in re.findall(r"^\| (`[^|]*) \|", NAMES, re.M) for name in re.findall(r"`([^`]+)`", row)})
-THEIRS = sorted(set(re.findall(r"`([A-Z]\w+)\.(\w+)`", NAMES)) - {tuple(name.split(".")) for name in OURS if "." in name})
-MODULES = {"Mixtral": "mixtral", "Olmoe": "olmoe", "Qwen3Moe": "qwen3_moe", "DeepseekV3": "deepseek_v3", "DeepseekV4": "deepseek_v4",
-           "SwitchTransformers": "switch_transformers", "GptOss": "gpt_oss", "Llama4": "llama4"}
+OURS = sorted(
+    {
+        name
+        for row in re.findall(r"^\| (`[^|]*) \|", NAMES, re.M)
+        for name in re.findall(r"`([^`]+)`", row)
+    }
+)
+THEIRS = sorted(
+    set(re.findall(r"`([A-Z]\w+)\.(\w+)`", NAMES))
+    - {tuple(name.split(".")) for name in OURS if "." in name}
+)
+MODULES = {
+    "Mixtral": "mixtral",
+    "Olmoe": "olmoe",
+    "Qwen3Moe": "qwen3_moe",
+    "DeepseekV3": "deepseek_v3",
+    "DeepseekV4": "deepseek_v4",
+    "SwitchTransformers": "switch_transformers",
+    "GptOss": "gpt_oss",
+    "Llama4": "llama4",
+}
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_citation_of_an_appendix_resolves(name):
-    cited = {key for group in re.findall(r"\{cite\}`([^`]+)`", (BOOK / f"{name}.md").read_text("utf8")) for key in group.split(",")}
+    cited = {
+        key
+        for group in re.findall(r"\{cite\}`([^`]+)`", (BOOK / f"{name}.md").read_text("utf8"))
+        for key in group.split(",")
+    }
     assert cited <= KEYS, cited - KEYS
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_an_appendix_links_to_files_with_the_names_of_the_book(name):
-    for target in re.findall(r"\]\((chapters/[^)#]+|[a-z]+\.md)\)", (BOOK / f"{name}.md").read_text("utf8")):
+    for target in re.findall(
+        r"\]\((chapters/[^)#]+|[a-z]+\.md)\)", (BOOK / f"{name}.md").read_text("utf8")
+    ):
         assert re.fullmatch(r"chapters/\d\d-[a-z0-9-]+\.ipynb|[a-z]+\.md", target), target
         assert target.startswith("chapters/") or (BOOK / target).exists(), target
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_our_names_exist(name):
-    options = {option for router in ROUTERS.values() for option in inspect.signature(router).parameters}
+    options = {
+        option for router in ROUTERS.values() for option in inspect.signature(router).parameters
+    }
     layer = MixtureOfExperts(MoEConfig(4, 4, 2, 1, n_shared_experts=1))
     if name.startswith("moe_core."):
         _, module, function = name.split(".")
         assert callable(getattr({"losses": losses, "metrics": metrics}[module], function))
     elif "." in name:
         owner, attribute = name.split(".")
-        assert hasattr(getattr(moe_core, owner), attribute) or attribute in inspect.getsource(getattr(moe_core, owner))
+        assert hasattr(getattr(moe_core, owner), attribute) or attribute in inspect.getsource(
+            getattr(moe_core, owner)
+        )
     else:
-        assert name in moe_core.__all__ or name in options or hasattr(layer.config, name) or hasattr(layer, name)
+        assert (
+            name in moe_core.__all__
+            or name in options
+            or hasattr(layer.config, name)
+            or hasattr(layer, name)
+        )
 
 
 @pytest.mark.parametrize(("owner", "attribute"), THEIRS, ids=[".".join(pair) for pair in THEIRS])
@@ -84,4 +116,5 @@ def test_the_page_of_mistakes_is_the_museum():
 
 def test_an_issue_becomes_a_link():
     assert page.linked("vllm #12002, #14027; makeMoE") == (
-        "vllm [#12002](https://github.com/vllm-project/vllm/issues/12002), [#14027](https://github.com/vllm-project/vllm/issues/14027); makeMoE")
+        "vllm [#12002](https://github.com/vllm-project/vllm/issues/12002), [#14027](https://github.com/vllm-project/vllm/issues/14027); makeMoE"
+    )

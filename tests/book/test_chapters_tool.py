@@ -5,6 +5,7 @@ import json
 import nbformat
 import pytest
 from nbformat import v4
+
 from tools import chapters
 
 
@@ -14,12 +15,31 @@ def code(source, outputs=(), **metadata):
 
 def from_colab():
     """A notebook with everything that the stored form leaves out."""
-    notebook = v4.new_notebook(metadata={"colab": {"provenance": []}, "accelerator": "GPU", "widgets": {"state": {}}, "kernelspec": {"name": "my-env", "display_name": "Mine"}})
+    notebook = v4.new_notebook(
+        metadata={
+            "colab": {"provenance": []},
+            "accelerator": "GPU",
+            "widgets": {"state": {}},
+            "kernelspec": {"name": "my-env", "display_name": "Mine"},
+        }
+    )
     progress = v4.new_output("stream", name="stderr", text="100%|####| 3/3 [00:01<00:00]")
-    pieces = [v4.new_output("stream", name="stdout", text="a\n"), progress, v4.new_output("stream", name="stdout", text="b\n")]
+    pieces = [
+        v4.new_output("stream", name="stdout", text="a\n"),
+        progress,
+        v4.new_output("stream", name="stdout", text="b\n"),
+    ]
     view = v4.new_output("display_data", data={chapters.WIDGET: {"model_id": "5f"}}, metadata={})
-    figure = v4.new_output("execute_result", data={"text/plain": "Explorer(1)", "text/html": "<p>", chapters.WIDGET: {"model_id": "5e"}}, execution_count=88)
-    notebook.cells = [v4.new_markdown_cell("# A"), code("1", pieces, execution={"iopub.status.busy": "12:00"}, tags=["hide-input"]), code("2", [view, figure], colab={"base_uri": "x"})]
+    figure = v4.new_output(
+        "execute_result",
+        data={"text/plain": "Explorer(1)", "text/html": "<p>", chapters.WIDGET: {"model_id": "5e"}},
+        execution_count=88,
+    )
+    notebook.cells = [
+        v4.new_markdown_cell("# A"),
+        code("1", pieces, execution={"iopub.status.busy": "12:00"}, tags=["hide-input"]),
+        code("2", [view, figure], colab={"base_uri": "x"}),
+    ]
     for cell in notebook.cells:
         cell["id"] = "same"
     notebook.cells[1].execution_count = 87
@@ -38,7 +58,10 @@ def test_normalising_twice_changes_nothing_more():
 
 
 def test_the_kernel_is_the_same_for_all(stored):
-    assert stored["metadata"] == {"kernelspec": chapters.KERNEL, "language_info": {"name": "python"}}
+    assert stored["metadata"] == {
+        "kernelspec": chapters.KERNEL,
+        "language_info": {"name": "python"},
+    }
 
 
 def test_only_tags_remain_of_a_cells_metadata(stored):
@@ -50,7 +73,9 @@ def test_progress_bars_go_and_stdout_becomes_one_piece(stored):
 
 
 def test_widget_views_go_and_what_needs_no_widget_stays(stored):
-    assert [sorted(output["data"]) for output in stored["cells"][2]["outputs"]] == [["text/html", "text/plain"]]
+    assert [sorted(output["data"]) for output in stored["cells"][2]["outputs"]] == [
+        ["text/html", "text/plain"]
+    ]
 
 
 def test_cells_are_counted_from_one(stored):
@@ -74,7 +99,12 @@ def test_a_notebook_over_the_limit_is_refused_and_left_alone(tmp_path):
 
 def test_a_notebook_runs_in_its_own_directory_and_its_errors_are_not_stored(tmp_path):
     path = tmp_path / "one.ipynb"
-    nbformat.write(v4.new_notebook(cells=[code("import os, sys\nprint(os.path.basename(os.getcwd()))\nsys.prefix")]), path)
+    nbformat.write(
+        v4.new_notebook(
+            cells=[code("import os, sys\nprint(os.path.basename(os.getcwd()))\nsys.prefix")]
+        ),
+        path,
+    )
     outputs = chapters.execute(path).cells[0].outputs
     assert outputs[0].text == f"{tmp_path.name}\n"
     assert outputs[1].data["text/plain"] == repr(chapters.sys.prefix)

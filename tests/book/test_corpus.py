@@ -6,7 +6,10 @@ import torch
 from moe_book import corpus
 from moe_book.corpus import decode, from_texts
 
-TINY = {"a": bytes(range(10)) * 200, "b": bytes(range(100, 150)) * 40}  # 2000 bytes each, told apart by their values
+TINY = {
+    "a": bytes(range(10)) * 200,
+    "b": bytes(range(100, 150)) * 40,
+}  # 2000 bytes each, told apart by their values
 
 
 def seed(n=0):
@@ -15,7 +18,11 @@ def seed(n=0):
 
 def test_the_builtin_corpus_has_english_and_python_without_a_download():
     text = corpus.load()
-    assert text.domains[:2] == ("English", "Python") and set(text.domains) <= {"English", "Python", "C"}
+    assert text.domains[:2] == ("English", "Python") and set(text.domains) <= {
+        "English",
+        "Python",
+        "C",
+    }
     for domain in text.domains:
         assert len(text.train[domain]) > 50_000 and text.train[domain].dtype == torch.uint8
     assert "def " in decode(text.train["Python"]) and "the " in decode(text.train["English"])
@@ -35,7 +42,11 @@ def test_the_last_tenth_is_held_out_and_nothing_is_lost():
 def test_a_batch_is_windows_of_the_text_with_the_index_of_their_domain():
     text = from_texts(TINY)
     tokens, labels = text.batch(32, 7, generator=seed())
-    assert tokens.shape == (32, 7) and tokens.dtype == labels.dtype == torch.int64 and labels.shape == (32,)
+    assert (
+        tokens.shape == (32, 7)
+        and tokens.dtype == labels.dtype == torch.int64
+        and labels.shape == (32,)
+    )
     assert set(labels.tolist()) == {0, 1}
     assert torch.equal((tokens >= 100).all(1).long(), labels)
     for row, label in zip(tokens, labels):
@@ -49,7 +60,7 @@ def test_one_domain_can_be_asked_for():
 
 def test_the_same_seed_draws_the_same_batch_and_another_seed_another():
     text = from_texts(TINY)
-    draw = lambda n: text.batch(8, 50, generator=seed(n))[0]  # noqa: E731
+    draw = lambda n: text.batch(8, 50, generator=seed(n))[0]
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
 
 
@@ -60,12 +71,15 @@ def test_a_window_may_be_as_long_as_the_text_and_reach_its_end():
     assert set(ends.tolist()) == {148, 149}  # both windows are drawn
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"split": "test"}, "split='test' must be 'train' or 'valid'"),
-    ({"domain": "C"}, r"domain='C' must be one of \('a', 'b'\)"),
-    ({"seq_len": 1801}, "seq_len=1801 must be at most 1800"),
-    ({"seq_len": 201, "split": "valid"}, "seq_len=201 must be at most 200"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "test"}, "split='test' must be 'train' or 'valid'"),
+        ({"domain": "C"}, r"domain='C' must be one of \('a', 'b'\)"),
+        ({"seq_len": 1801}, "seq_len=1801 must be at most 1800"),
+        ({"seq_len": 201, "split": "valid"}, "seq_len=201 must be at most 200"),
+    ],
+)
 def test_a_batch_that_cannot_be_drawn_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         from_texts(TINY).batch(**{"batch_size": 2, "seq_len": 8, **arguments})

@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 import traitlets
+
 from moe_book import figures, theme
 from moe_book.explorer import Control, Explorer, Step
 
@@ -38,13 +39,20 @@ def frame(payload, i):
 
 def test_every_point_of_the_grid_has_its_frame():
     payload = Explorer(bars, scale=[1.0, 2.5], order=["up", "down"], **WORDS).payload
-    assert [frame(payload, i)["data"][0]["y"] for i in range(4)] == [[1, 2, 3], [3, 2, 1], [2.5, 5, 7.5], [7.5, 5, 2.5]]
+    assert [frame(payload, i)["data"][0]["y"] for i in range(4)] == [
+        [1, 2, 3],
+        [3, 2, 1],
+        [2.5, 5, 7.5],
+        [7.5, 5, 2.5],
+    ]
 
 
 def test_what_all_frames_share_is_stored_once():
     payload = Explorer(bars, scale=[1.0, 2.0, 3.0], order=["up", "down"], **WORDS).payload
     assert [change["path"] for change in payload["varying"]] == [["data", 0, "y"]]
-    assert payload["base"]["layout"] == {"height": 300}, "no plotly template, and no layout but the figure's own"
+    assert payload["base"]["layout"] == {"height": 300}, (
+        "no plotly template, and no layout but the figure's own"
+    )
 
 
 def test_frames_may_differ_in_layout_and_in_number_of_traces():
@@ -67,17 +75,35 @@ def test_numbers_are_short_and_arrays_of_any_kind_are_lists():
 
 
 def test_the_bundle_has_a_widget_a_page_and_a_digest():
-    explorer = Explorer(bars, scale=[1.0, 2.0], order=Control(["up", "down"], label="Order <b>", start="down"), **WORDS)
+    explorer = Explorer(
+        bars,
+        scale=[1.0, 2.0],
+        order=Control(["up", "down"], label="Order <b>", start="down"),
+        **WORDS,
+    )
     bundle, _ = explorer._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"}
     assert re.fullmatch(r"Explorer\(2 controls, 4 frames, [0-9a-f]{8}\)", bundle["text/plain"])
-    assert json.loads(re.search(r'<script type="application/json">(.*)</script>', bundle["text/html"])[1]) == explorer.payload
-    assert "function render" not in bundle["text/html"], "the script is loaded once a page, not stored in every output"
+    assert (
+        json.loads(
+            re.search(r'<script type="application/json">(.*)</script>', bundle["text/html"])[1]
+        )
+        == explorer.payload
+    )
+    assert "function render" not in bundle["text/html"], (
+        "the script is loaded once a page, not stored in every output"
+    )
 
 
 def test_no_string_can_leave_its_place_in_the_page():
     evil = '</script><img src=x onerror="alert(1)">&<!--'
-    explorer = Explorer(lambda k: go.Figure(go.Bar(x=[evil], y=[k])), k=Control([1, 2], label=evil), title=evil, alt=evil, describe=lambda k: evil)
+    explorer = Explorer(
+        lambda k: go.Figure(go.Bar(x=[evil], y=[k])),
+        k=Control([1, 2], label=evil),
+        title=evil,
+        alt=evil,
+        describe=lambda k: evil,
+    )
     page = explorer._repr_mimebundle_()[0]["text/html"]
     assert page.count("</script>") == 1 and "<img" not in page and "<!--" not in page
     assert html.escape(evil) in page
@@ -93,10 +119,19 @@ def test_the_page_can_be_read_before_any_script():
 def test_digest_notices_a_change_and_overlooks_rounding():
     digest = repr(Explorer(bars, scale=[1.0, 2.0], **WORDS))
     assert repr(Explorer(bars, scale=[1.0, 2.0], **WORDS)) == digest
-    assert repr(Explorer(lambda scale: bars(scale * (1 + 1e-6)), scale=[1.0, 2.0], **WORDS)) == digest
+    assert (
+        repr(Explorer(lambda scale: bars(scale * (1 + 1e-6)), scale=[1.0, 2.0], **WORDS)) == digest
+    )
     assert repr(Explorer(lambda scale: bars(scale * 1.02), scale=[1.0, 2.0], **WORDS)) != digest
-    assert repr(Explorer(lambda scale: bars(scale, order="down"), scale=[1.0, 2.0], **WORDS)) != digest
-    assert repr(Explorer(bars, scale=[1.0, 2.0], title="Bars", alt="Three bars.", order=["up", "down"])) != digest
+    assert (
+        repr(Explorer(lambda scale: bars(scale, order="down"), scale=[1.0, 2.0], **WORDS)) != digest
+    )
+    assert (
+        repr(
+            Explorer(bars, scale=[1.0, 2.0], title="Bars", alt="Three bars.", order=["up", "down"])
+        )
+        != digest
+    )
 
 
 @pytest.mark.parametrize("value", [k / 16 for k in range(17)] + [0.1, 0.2, 0.3, 2 / 3, 1e-3])
@@ -113,8 +148,16 @@ from moe_book.explorer import Explorer
 import plotly.graph_objects as go
 print(Explorer(lambda k: go.Figure(go.Bar(y=[k / 3], text=sorted({"a", "b"}))), k=[1, 2], policy=None or ["x", "y"], title="t", alt="a"))
 """.replace("lambda k:", "lambda k, policy:")
-    said = {subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
-            for seed in ("1", "2")}
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
     assert len(said) == 1 and "Explorer(2 controls, 4 frames," in said.pop()
 
 
@@ -132,13 +175,27 @@ def test_state_starts_where_the_author_said_and_stays_on_the_grid():
 
 
 def test_controls_follow_from_their_values():
-    explorer = Explorer(lambda a, b, c, d: bars(), a=range(3), b=("x", "y"), c=False, d=Step([1, 2], label="Time", seconds=0.5), **WORDS)
+    explorer = Explorer(
+        lambda a, b, c, d: bars(),
+        a=range(3),
+        b=("x", "y"),
+        c=False,
+        d=Step([1, 2], label="Time", seconds=0.5),
+        **WORDS,
+    )
     kinds = {c["name"]: (c["kind"], c["label"], c["start"]) for c in explorer.payload["controls"]}
-    assert kinds == {"a": ("range", "A", 0), "b": ("select", "B", 0), "c": ("switch", "C", 0), "d": ("step", "Time", 0)}
+    assert kinds == {
+        "a": ("range", "A", 0),
+        "b": ("select", "B", 0),
+        "c": ("switch", "C", 0),
+        "d": ("step", "Time", 0),
+    }
 
 
 def test_a_description_travels_with_each_frame():
-    payload = Explorer(bars, scale=[1, 2], describe=lambda scale: f"scale is {scale}", **WORDS).payload
+    payload = Explorer(
+        bars, scale=[1, 2], describe=lambda scale: f"scale is {scale}", **WORDS
+    ).payload
     assert [frame(payload, i)["said"] for i in (0, 1)] == ["scale is 1", "scale is 2"]
 
 
@@ -147,7 +204,13 @@ def test_a_figure_without_controls_is_an_explorer_too():
 
 
 def test_live_recomputes_between_the_values_of_the_grid():
-    box = Explorer(bars, scale=[1.0, 3.0], order=["up", "down"], describe=lambda scale, order: f"{scale:.2f}", **WORDS).live()
+    box = Explorer(
+        bars,
+        scale=[1.0, 3.0],
+        order=["up", "down"],
+        describe=lambda scale, order: f"{scale:.2f}",
+        **WORDS,
+    ).live()
     slider, menu, shown = box.children
     slider.value, menu.value = 1.5, "down"
     assert shown.payload["base"]["data"][0]["y"] == [4.5, 3, 1.5]
@@ -164,14 +227,22 @@ def test_plotly_comes_from_the_installed_package():
 @pytest.mark.parametrize(
     ("controls", "error", "message"),
     [
-        ({"scale": [1.0]}, ValueError, r"control scale: values=\[1.0\] must have at least 2 entries"),
+        (
+            {"scale": [1.0]},
+            ValueError,
+            r"control scale: values=\[1.0\] must have at least 2 entries",
+        ),
         ({"scale": [1, 1]}, ValueError, "all different"),
         ({"scale": [1, "a"]}, ValueError, "must be all finite numbers, all words"),
         ({"scale": [1, float("nan")]}, ValueError, "must be all finite numbers"),
         ({"scale": 3}, TypeError, "control scale=3 must be a list of values"),
         ({"scale": "up"}, TypeError, "must be a list of values"),
         ({"scala": [1, 2]}, TypeError, r"figure does not take the controls \['scala'\]"),
-        ({"scale": range(500)}, ValueError, r"500 combinations \(scale: 500\); it must have at most 400"),
+        (
+            {"scale": range(500)},
+            ValueError,
+            r"500 combinations \(scale: 500\); it must have at most 400",
+        ),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_by_name(controls, error, message):
@@ -198,18 +269,26 @@ def words(tokens=("a ", "b"), experts=(0, 1)):
 
 
 def test_text_is_a_frame_of_its_own_kind():
-    explorer = Explorer(lambda flip: words(experts=[flip, 1 - flip]), flip=Control([0, 1], start=1), **WORDS)
+    explorer = Explorer(
+        lambda flip: words(experts=[flip, 1 - flip]), flip=Control([0, 1], start=1), **WORDS
+    )
     assert [frame(explorer.payload, i)["text"]["experts"] for i in (0, 1)] == [[0, 1], [1, 0]]
     assert [change["path"] for change in explorer.payload["varying"]] == [["text", "experts"]]
     assert explorer.payload["height"] == 0, "no room is reserved for a plot that never comes"
     readable = re.sub(r"<script.*</script>", "", explorer._repr_mimebundle_()[0]["text/html"])
     first = readable.index(f"--c:{theme.expert_color(1)}")
-    assert first < readable.index(f"--c:{theme.expert_color(0)}"), "before any script the text stands there as it starts"
+    assert first < readable.index(f"--c:{theme.expert_color(0)}"), (
+        "before any script the text stands there as it starts"
+    )
 
 
 def test_text_may_stand_above_a_plot():
     payload = Explorer(lambda k: (words(), bars(k)), k=[1, 2], **WORDS).payload
-    assert payload["height"] == 300 and frame(payload, 1)["data"][0]["y"] == [2, 4, 6] and frame(payload, 1)["text"]["words"] == ["a·", "b"]
+    assert (
+        payload["height"] == 300
+        and frame(payload, 1)["data"][0]["y"] == [2, 4, 6]
+        and frame(payload, 1)["text"]["words"] == ["a·", "b"]
+    )
 
 
 def test_a_figure_is_of_one_kind():
@@ -220,13 +299,19 @@ def test_a_figure_is_of_one_kind():
 
 
 def test_no_word_of_a_passage_can_leave_its_place():
-    page = Explorer(words([*"a ", "</script><img src=x>"], [0, 0, 1]), **WORDS)._repr_mimebundle_()[0]["text/html"]
+    page = Explorer(words([*"a ", "</script><img src=x>"], [0, 0, 1]), **WORDS)._repr_mimebundle_()[
+        0
+    ]["text/html"]
     assert page.count("</script>") == 1 and "<img" not in page
 
 
 def test_a_figure_that_is_too_heavy_or_no_figure_is_refused():
     with pytest.raises(ValueError, match=r"take \d+ KB; they must take at most 300 KB"):
-        Explorer(lambda k: go.Figure(go.Scatter(y=np.random.default_rng(k).random(9000))), k=range(10), **WORDS)
+        Explorer(
+            lambda k: go.Figure(go.Scatter(y=np.random.default_rng(k).random(9000))),
+            k=range(10),
+            **WORDS,
+        )
     with pytest.raises(TypeError, match="returned dict; it must return a plotly Figure"):
         Explorer(lambda k: {}, k=[1, 2], **WORDS)
 

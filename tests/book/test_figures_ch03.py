@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from moe_book.figures import ch03
 from moe_core import DispatchPlan, TopKRouter
 
@@ -15,13 +16,17 @@ def routing(T=6, E=4, K=2, **options):
 def test_the_sorted_column_has_each_tokens_copies_by_expert_and_later_columns_are_hidden():
     routed = routing()
     figure = ch03.sorting(routed, stage=2, rows=24)
-    squares = [trace for trace in figure.data if trace.type == "scatter" and trace.mode == "markers+text"]
+    squares = [
+        trace for trace in figure.data if trace.type == "scatter" and trace.mode == "markers+text"
+    ]
     plan = DispatchPlan(routed)
     assert list(squares[2].text) == [str(t) for t in plan.token_A.tolist()]
     assert list(squares[2].marker.color) == sorted(squares[1].marker.color)
     assert [trace.visible for trace in squares] == [True, True, True, False]
     blocks = next(trace for trace in figure.data if trace.type == "bar")
-    assert not blocks.visible and list(blocks.y) == pytest.approx([max(0, n - 0.1) for n in plan.counts_E.tolist()])
+    assert not blocks.visible and list(blocks.y) == pytest.approx(
+        [max(0, n - 0.1) for n in plan.counts_E.tolist()]
+    )
 
 
 def test_what_does_not_fit_is_refused():
@@ -41,4 +46,7 @@ def test_the_product_of_combine_and_dispatch_shows_the_sums_of_the_weights():
 def test_padding_fills_every_expert_up_to_the_fullest():
     figure = ch03.padding([5, 0, 2], top=6)
     solid, hollow = figure.data[:2]
-    assert [a + b for a, b in zip(solid.y, hollow.y)] == [5, 5, 5] and list(figure.data[2].y) == [5, 5]
+    assert [a + b for a, b in zip(solid.y, hollow.y)] == [5, 5, 5] and list(figure.data[2].y) == [
+        5,
+        5,
+    ]

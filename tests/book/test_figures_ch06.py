@@ -1,6 +1,7 @@
 """Chapter 6's figures: who stands where in the queues."""
 
 import pytest
+
 from moe_book import theme
 from moe_book.figures import ch06
 
@@ -10,11 +11,23 @@ def trace(figure, name):
 
 
 def test_who_got_in_stands_below_the_line_and_who_did_not_is_hollow_above_it():
-    figure = ch06.queues([0, 0, 1, 0, 0], [False, True, True, True, False], n_experts=2, capacity=2, tokens=list("abcde"))
+    figure = ch06.queues(
+        [0, 0, 1, 0, 0],
+        [False, True, True, True, False],
+        n_experts=2,
+        capacity=2,
+        tokens=list("abcde"),
+    )
     inside, outside = trace(figure, "got in"), trace(figure, "dropped")
-    assert sorted(zip(inside.x, inside.y, inside.customdata)) == [(0, 0.5, "b"), (0, 1.5, "d"), (1, 0.5, "c")]
+    assert sorted(zip(inside.x, inside.y, inside.customdata)) == [
+        (0, 0.5, "b"),
+        (0, 1.5, "d"),
+        (1, 0.5, "c"),
+    ]
     assert sorted(zip(outside.x, outside.y, outside.customdata)) == [(0, 2.5, "a"), (0, 3.5, "e")]
-    assert outside.marker.color == theme.CLEAR and set(outside.marker.line.color) == {theme.expert_color(0)}
+    assert outside.marker.color == theme.CLEAR and set(outside.marker.line.color) == {
+        theme.expert_color(0)
+    }
     assert list(figure.data[-1].y) == [2, 2] and figure.data[-1].line.dash == "dash"
 
 
@@ -25,4 +38,6 @@ def test_a_queue_that_does_not_fit_is_refused():
 
 def test_drop_rates_are_shares_on_a_fixed_axis():
     figure = ch06.drop_profile({"position": [[0.0, 0.5], [0.0, 0.7]]}, x_title="part", top=0.8)
-    assert list(trace(figure, "position").y) == pytest.approx([0.0, 0.6]) and list(figure.layout.yaxis.range) == [0, 0.8]
+    assert list(trace(figure, "position").y) == pytest.approx([0.0, 0.6]) and list(
+        figure.layout.yaxis.range
+    ) == [0, 0.8]

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 import traitlets
+
 from moe_book import game
 from moe_book.game import NOBODY, Puzzle, RouterGame
 
@@ -16,13 +17,23 @@ WORDS = ["a", "b", "c", "d", "e"]
 
 
 def puzzle(capacity=2, scores=SCORES, learned=None, **options):
-    return Puzzle("Five", "Five words.", WORDS[: len(scores)], scores, capacity, learned or [0, 1, 2, 0, 2][: len(scores)], **options)
+    return Puzzle(
+        "Five",
+        "Five words.",
+        WORDS[: len(scores)],
+        scores,
+        capacity,
+        learned or [0, 1, 2, 0, 2][: len(scores)],
+        **options,
+    )
 
 
 def drawn(T, E, capacity, seed):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.softmax(2 * torch.randn(T, E, generator=generator, dtype=torch.float64), -1)
-    return Puzzle("Drawn", "By chance.", [str(t) for t in range(T)], scores.tolist(), capacity, [0] * T)
+    return Puzzle(
+        "Drawn", "By chance.", [str(t) for t in range(T)], scores.tolist(), capacity, [0] * T
+    )
 
 
 def best_by_trying(puzzle):
@@ -47,12 +58,27 @@ def test_by_hand():
 
 
 def test_score_keeps_as_many_as_position_but_others():
-    first, score = (puzzle().rivals[name] for name in ("first come, first served", "highest score first"))
+    first, score = (
+        puzzle().rivals[name] for name in ("first come, first served", "highest score first")
+    )
     assert sum(first.kept) == sum(score.kept) and first.imbalance == score.imbalance
     assert score.kept == [False, False, True, True, True] and score.score > first.score
 
 
-@pytest.mark.parametrize(("T", "E", "capacity"), [(5, 3, 2), (8, 4, 2), (8, 4, 3), (9, 3, 3), (9, 4, 2), (12, 4, 2), (12, 4, 4), (6, 2, 1), (3, 4, 5)])
+@pytest.mark.parametrize(
+    ("T", "E", "capacity"),
+    [
+        (5, 3, 2),
+        (8, 4, 2),
+        (8, 4, 3),
+        (9, 3, 3),
+        (9, 4, 2),
+        (12, 4, 2),
+        (12, 4, 4),
+        (6, 2, 1),
+        (3, 4, 5),
+    ],
+)
 def test_the_balanced_answer_is_the_best_there_is(T, E, capacity):
     for seed in range(5):
         one = drawn(T, E, capacity, seed)
@@ -68,7 +94,9 @@ def test_the_balanced_answer_agrees_with_scipy():
         one = drawn(12, 4, 3, seed)
         places = one.scores_TE.repeat_interleave(3, dim=1).numpy()
         rows, columns = optimize.linear_sum_assignment(places, maximize=True)
-        assert one.rivals["the balanced answer"].score == pytest.approx(places[rows, columns].sum(), abs=1e-9)
+        assert one.rivals["the balanced answer"].score == pytest.approx(
+            places[rows, columns].sum(), abs=1e-9
+        )
 
 
 def test_an_unfinished_board_has_dropped_nobody_yet():
@@ -104,7 +132,12 @@ def test_the_state_is_the_readers_board():
     one.observe(lambda change: seen.append(change["new"]["puzzle"]), "state")
     one.state = {"puzzle": 1, "experts": [0, 0, 0, 0, 2]}
     assert seen == [1] and one.outcome() == one.puzzles[1].rivals["first come, first served"]
-    for state in ({"puzzle": 2, "experts": [0] * 5}, {"puzzle": 0, "experts": [0] * 4}, {"puzzle": 0, "experts": [3] * 5}, {"puzzle": 0}):
+    for state in (
+        {"puzzle": 2, "experts": [0] * 5},
+        {"puzzle": 0, "experts": [0] * 4},
+        {"puzzle": 0, "experts": [3] * 5},
+        {"puzzle": 0},
+    ):
         with pytest.raises(traitlets.TraitError):
             one.state = state
 
@@ -113,10 +146,14 @@ def test_the_bundle_has_a_widget_a_page_and_a_digest():
     bundle, _ = RouterGame([puzzle()])._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "text/html", "application/vnd.jupyter.widget-view+json"}
     assert re.fullmatch(r"RouterGame\(1 puzzle, [0-9a-f]{8}\)", bundle["text/plain"])
-    payload = json.loads(re.search(r'<script type="application/json">(.*)</script>', bundle["text/html"])[1])
+    payload = json.loads(
+        re.search(r'<script type="application/json">(.*)</script>', bundle["text/html"])[1]
+    )
     assert payload["puzzles"] == [puzzle().to_dict()]
     readable = re.sub(r"<script.*</script>", "", bundle["text/html"])
-    assert "You are the router" in readable and "0.15" in readable and "expert 2" in readable, "to be read before any script"
+    assert "You are the router" in readable and "0.15" in readable and "expert 2" in readable, (
+        "to be read before any script"
+    )
 
 
 def test_the_digest_notices_a_change():
@@ -140,8 +177,12 @@ def test_the_stored_puzzles_grow_harder_and_fit_the_page():
     assert len(json.dumps(RouterGame().payload)) < 30_000
     for one in puzzles:
         assert len(one.words) in (8, 12) and all(len(word) <= 9 for word in one.words)
-        assert all(round(score, 2) == score for row in one.scores for score in row), "a reader adds them up"
+        assert all(round(score, 2) == score for row in one.scores for score in row), (
+            "a reader adds them up"
+        )
         best, greedy = one.rivals["the balanced answer"], one.rivals["first come, first served"]
-        assert best.score > greedy.score + 0.1 and greedy.dropped > 0, "there is something to be won"
+        assert best.score > greedy.score + 0.1 and greedy.dropped > 0, (
+            "there is something to be won"
+        )
         assert one.rivals["a learned router"].experts == one.learned
     assert [one.one_by_one for one in puzzles].count(True) == 1

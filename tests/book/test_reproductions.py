@@ -4,10 +4,15 @@ import importlib.util
 import re
 
 import pytest
+
 from moe_book import runs
 from tools import repo
 
-SCRIPTS = [path for path in sorted(runs.FOLDER.glob("*.py")) if re.search(r"^CLAIMS\b", path.read_text(), re.M)]
+SCRIPTS = [
+    path
+    for path in sorted(runs.FOLDER.glob("*.py"))
+    if re.search(r"^CLAIMS\b", path.read_text(), re.M)
+]
 KEYS = set(re.findall(r"^@\w+\{([^,\s]+)", (repo.ROOT / "book/references.bib").read_text(), re.M))
 VERDICTS = {"reproduced", "partly", "not at this scale"}
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
@@ -43,8 +48,12 @@ def test_the_claims_stored_are_those_of_the_script(script):
 @each_script
 def test_the_stored_verdicts_follow_from_the_stored_numbers(script):
     results = stored(script)["results"]
-    again = module(script).verdicts({key: value for key, value in results.items() if key != "verdicts"})
-    assert {name: said["verdict"] for name, said in again.items()} == {name: said["verdict"] for name, said in results["verdicts"].items()}
+    again = module(script).verdicts(
+        {key: value for key, value in results.items() if key != "verdicts"}
+    )
+    assert {name: said["verdict"] for name, said in again.items()} == {
+        name: said["verdict"] for name, said in results["verdicts"].items()
+    }
     for said in results["verdicts"].values():
         assert said["verdict"] in VERDICTS and re.search(r"\d", said["because"]), said
 
@@ -52,5 +61,7 @@ def test_the_stored_verdicts_follow_from_the_stored_numbers(script):
 def test_reproductions_gathers_every_claim_of_every_stored_run():
     gathered = runs.reproductions()
     there = [script for script in SCRIPTS if script.with_suffix(".json").exists()]
-    assert {(found["run"], found["id"]) for found in gathered} == {(s.stem, name) for s in there for name in module(s).CLAIMS}
+    assert {(found["run"], found["id"]) for found in gathered} == {
+        (s.stem, name) for s in there for name in module(s).CLAIMS
+    }
     assert all(set(found) >= {"claim", "source", "verdict", "because"} for found in gathered)

@@ -25,23 +25,48 @@ def test_a_run_says_when_with_what_and_on_which_machine_it_was_made():
     runs.save("a", config={}, seeds=[0, 1, 2], results={})
     record = runs.load("a")
     assert set(record["versions"]) == {"python", "torch"} and "+" not in record["versions"]["torch"]
-    assert set(record["machine"]) == {"processor", "cores", "threads", "gpu"} and len(record["date"]) == 10
+    assert (
+        set(record["machine"]) == {"processor", "cores", "threads", "gpu"}
+        and len(record["date"]) == 10
+    )
 
 
 def test_floats_keep_five_significant_digits_and_all_else_stays():
-    runs.save("a", config={}, seeds=[0, 1, 2], results={"x": [3.14159265, 1.23456789e-7, 123456.789], "n": 1234567, "t": (True, None, "s")})
-    assert runs.load("a")["results"] == {"x": [3.1416, 1.2346e-7, 123460.0], "n": 1234567, "t": [True, None, "s"]}
+    runs.save(
+        "a",
+        config={},
+        seeds=[0, 1, 2],
+        results={
+            "x": [3.14159265, 1.23456789e-7, 123456.789],
+            "n": 1234567,
+            "t": (True, None, "s"),
+        },
+    )
+    assert runs.load("a")["results"] == {
+        "x": [3.1416, 1.2346e-7, 123460.0],
+        "n": 1234567,
+        "t": [True, None, "s"],
+    }
 
 
 def test_a_list_of_words_keeps_the_blanks_after_their_commas():
-    runs.save("a", config={"names": ["top-1, learned", "top-1, frozen"]}, seeds=[0, 1, 2], results={})
+    runs.save(
+        "a", config={"names": ["top-1, learned", "top-1, frozen"]}, seeds=[0, 1, 2], results={}
+    )
     assert runs.load("a")["config"]["names"] == ["top-1, learned", "top-1, frozen"]
 
 
 def test_writing_the_same_results_again_gives_the_same_file(folder):
     first = runs.save("a", config={"b": 1, "a": 2}, seeds=[0, 1, 2], results={"x": 1.0}).read_text()
-    assert runs.save("a", config={"a": 2, "b": 1}, seeds=[0, 1, 2], results={"x": 1.0}).read_text() == first
-    assert first.endswith("\n") and json.loads(first)["name"] == "a" and [file.name for file in folder.iterdir()] == ["a.json"]
+    assert (
+        runs.save("a", config={"a": 2, "b": 1}, seeds=[0, 1, 2], results={"x": 1.0}).read_text()
+        == first
+    )
+    assert (
+        first.endswith("\n")
+        and json.loads(first)["name"] == "a"
+        and [file.name for file in folder.iterdir()] == ["a.json"]
+    )
 
 
 def test_fewer_than_three_seeds_are_refused():
@@ -67,7 +92,10 @@ def test_a_sweep_runs_every_arm_with_every_seed_in_turns_on_one_thread():
 
     try:
         torch.set_num_threads(2)
-        assert runs.sweep(run, ("a", "b"), [5, 7], "x") == {"a": ["x a 5 1", "x a 7 1"], "b": ["x b 5 1", "x b 7 1"]}
+        assert runs.sweep(run, ("a", "b"), [5, 7], "x") == {
+            "a": ["x a 5 1", "x a 7 1"],
+            "b": ["x b 5 1", "x b 7 1"],
+        }
     finally:
         torch.set_num_threads(before)
     assert seen == [(5, "a"), (5, "b"), (7, "a"), (7, "b")]

@@ -21,18 +21,27 @@ IGNORED = {"vendor", "__pycache__", ".ipynb_checkpoints", "runs"}
 def toc_pages() -> list[str]:
     """Every page of the table of contents, in order."""
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text("utf8"))
-    return [toc["root"], *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"])]
+    return [
+        toc["root"],
+        *(chapter["file"] for part in toc["parts"] for chapter in part["chapters"]),
+    ]
 
 
 def source(page: str) -> str:
     """What the author wrote on a page."""
     if (notebook := ROOT / f"{page}.ipynb").exists():
-        return "".join(line for cell in json.loads(notebook.read_text("utf8"))["cells"] for line in [*cell["source"], "\n"])
+        return "".join(
+            line
+            for cell in json.loads(notebook.read_text("utf8"))["cells"]
+            for line in [*cell["source"], "\n"]
+        )
     return (ROOT / f"{page}.md").read_text("utf8")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "pages_with(text): run on those pages only whose source holds the text")
+    config.addinivalue_line(
+        "markers", "pages_with(text): run on those pages only whose source holds the text"
+    )
 
 
 def pytest_generate_tests(metafunc):
@@ -40,7 +49,11 @@ def pytest_generate_tests(metafunc):
         marker = metafunc.definition.get_closest_marker("pages_with")
         pages = [page for page in toc_pages() if marker is None or marker.args[0] in source(page)]
         assert pages, f"no page holds {marker.args[0]!r}"
-        metafunc.parametrize("page_name", pages, ids=lambda name: name.removeprefix("book/").removeprefix("chapters/"))
+        metafunc.parametrize(
+            "page_name",
+            pages,
+            ids=lambda name: name.removeprefix("book/").removeprefix("chapters/"),
+        )
 
 
 def _is_stale(built: Path) -> bool:
@@ -56,8 +69,20 @@ def site() -> Path:
         return Path(given).resolve()
     html = ROOT / "_build/html"
     if _is_stale(html / "index.html"):
-        build = [sys.executable, "-m", "jupyter_book.cli.main", "build", ".", "-n", "-W", "--keep-going", "-q"]
-        done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        build = [
+            sys.executable,
+            "-m",
+            "jupyter_book.cli.main",
+            "build",
+            ".",
+            "-n",
+            "-W",
+            "--keep-going",
+            "-q",
+        ]
+        done = subprocess.run(
+            build, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
         assert done.returncode == 0, f"the book did not build:\n{done.stdout}{done.stderr}"
     return html
 
@@ -65,6 +90,7 @@ def site() -> Path:
 @pytest.fixture(scope="session")
 def browser():
     from playwright.sync_api import sync_playwright
+
     from tools.browser import NONE, find
 
     path = find()
@@ -83,16 +109,26 @@ class Visit:
     def __init__(self, context, path: Path):
         self.errors, self.outside, self.url = [], [], path.as_uri()
         self.page = context.new_page()
-        self.page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        self.page.on(
+            "console", lambda message: message.type == "error" and self.errors.append(message.text)
+        )
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", lambda request: request.url.startswith(("file:", "data:", "blob:")) or self.outside.append(request.url))
+        self.page.on(
+            "request",
+            lambda request: (
+                request.url.startswith(("file:", "data:", "blob:"))
+                or self.outside.append(request.url)
+            ),
+        )
         self.page.goto(self.url)
 
     def explorers(self) -> list:
         """The page's figures, each scrolled to and drawn."""
         found = self.page.locator(".moe-explorer").all()
         for explorer in found:
-            self.page.wait_for_function("() => window.MathJax?.startup?.promise ?? true")  # formulas that arrive late move what is below
+            self.page.wait_for_function(
+                "() => window.MathJax?.startup?.promise ?? true"
+            )  # formulas that arrive late move what is below
             explorer.locator("figcaption").scroll_into_view_if_needed()
             explorer.locator(".moe-drawn[data-frame]").wait_for()
         return found
@@ -104,7 +140,11 @@ def visit(browser, site, page_name):
     contexts = []
 
     def go(**options) -> Visit:
-        contexts.append(browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "offline": True, **options}))
+        contexts.append(
+            browser.new_context(
+                **{"viewport": {"width": 1280, "height": 900}, "offline": True, **options}
+            )
+        )
         contexts[-1].set_default_timeout(60_000)
         path = site / f"{page_name}.html"
         assert path.exists(), f"{page_name} is in the table of contents, but not in the built book"
@@ -123,6 +163,8 @@ def record_step(request):
 
 def pytest_terminal_summary(terminalreporter, config):
     if steps := config.stash.get(STEPS, None):
-        terminalreporter.section("from a slider's step to its figure, median in ms (measured, not asserted)")
+        terminalreporter.section(
+            "from a slider's step to its figure, median in ms (measured, not asserted)"
+        )
         for name, milliseconds in steps.items():
             terminalreporter.write_line(f"{milliseconds:6.1f}  {name}")

@@ -55,12 +55,19 @@ def test_every_control_changes_its_figure(explorers):
             label = control.locator("label").inner_text()
             start = widget.evaluate("(e) => e.type === 'checkbox' ? e.checked : e.value")
             widget.focus()
-            if kind in ("range", "step"):  # start at the left end, so that every step to the right is one
+            if kind in (
+                "range",
+                "step",
+            ):  # start at the left end, so that every step to the right is one
                 page.keyboard.press("Home")
-                page.wait_for_function("(range) => range.value === '0'", arg=widget.element_handle())
+                page.wait_for_function(
+                    "(range) => range.value === '0'", arg=widget.element_handle()
+                )
                 steps = int(widget.get_attribute("max"))
             else:
-                widget.evaluate("(e) => e.tagName === 'SELECT' && (e.selectedIndex = 0, e.dispatchEvent(new Event('change')))")
+                widget.evaluate(
+                    "(e) => e.tagName === 'SELECT' && (e.selectedIndex = 0, e.dispatchEvent(new Event('change')))"
+                )
                 steps = widget.locator("option").count() - 1 if kind == "select" else 1
             page.wait_for_function(SETTLED)
             drawings = {plot.inner_html()}
@@ -68,7 +75,9 @@ def test_every_control_changes_its_figure(explorers):
                 drawings.add(press(page, plot, KEYS[kind]))
             if len(drawings) == 1:
                 idle.append(f"{title}: {label}")
-            widget.evaluate(RESTORE, start)  # at the far end of one control another may have nothing to say
+            widget.evaluate(
+                RESTORE, start
+            )  # at the far end of one control another may have nothing to say
             page.wait_for_function(SETTLED)
     assert idle == [], "these controls change nothing in their figure, whatever they are set to"
 
@@ -85,8 +94,14 @@ def test_a_change_is_announced_and_the_table_follows(explorers):
         before = said.text_content()
         widget.focus()
         key = KEYS[kind_of(control)]
-        at_end = widget.evaluate("(e) => e.tagName === 'SELECT' ? e.selectedIndex === e.options.length - 1 : e.type === 'range' && e.value === e.max")
-        press(page, plot, {"ArrowRight": "ArrowLeft", "ArrowDown": "ArrowUp"}.get(key, key) if at_end else key)
+        at_end = widget.evaluate(
+            "(e) => e.tagName === 'SELECT' ? e.selectedIndex === e.options.length - 1 : e.type === 'range' && e.value === e.max"
+        )
+        press(
+            page,
+            plot,
+            {"ArrowRight": "ArrowLeft", "ArrowDown": "ArrowUp"}.get(key, key) if at_end else key,
+        )
         assert before.strip() and said.text_content().strip()
         assert explorer.locator("tbody tr").count() > 0
 
@@ -119,14 +134,22 @@ def test_no_animation_for_those_who_asked_for_none(visit):
 
 def test_a_figure_keeps_the_height_it_had_reserved(visit):
     seen = visit()
-    heights = [plot.evaluate("(e) => parseFloat(e.style.minHeight)") for plot in seen.page.locator(".moe-plot").all()]
-    drawn = [explorer.locator(".moe-plot").evaluate("(e) => e.getBoundingClientRect().height") for explorer in seen.explorers()]
+    heights = [
+        plot.evaluate("(e) => parseFloat(e.style.minHeight)")
+        for plot in seen.page.locator(".moe-plot").all()
+    ]
+    drawn = [
+        explorer.locator(".moe-plot").evaluate("(e) => e.getBoundingClientRect().height")
+        for explorer in seen.explorers()
+    ]
     assert drawn == pytest.approx(heights, abs=1)
 
 
 def test_the_figure_follows_the_theme_button(explorers):
     page, found = explorers
-    plot = next(plot for explorer in found if (plot := explorer.locator(".moe-plot:not([hidden])")).count())
+    plot = next(
+        plot for explorer in found if (plot := explorer.locator(".moe-plot:not([hidden])")).count()
+    )
     fill = "(e) => [...e.querySelectorAll('text')].map((text) => getComputedStyle(text).fill).join()"  # some stand on a tile and stay
     light = plot.evaluate(fill)
     page.evaluate("document.documentElement.dataset.theme = 'dark'")
@@ -140,10 +163,14 @@ def test_text_in_colour_is_text(explorers):
     passages = [text for explorer in found if (text := explorer.locator(".moe-words")).is_visible()]
     assert passages
     for passage in passages:
-        titles = passage.locator(".moe-token").evaluate_all("(tiles) => tiles.map((tile) => [tile.textContent, tile.title])")
+        titles = passage.locator(".moe-token").evaluate_all(
+            "(tiles) => tiles.map((tile) => [tile.textContent, tile.title])"
+        )
         assert all(title.startswith(f"{word}: ") for word, title in titles)
         passage.evaluate("(text) => getSelection().selectAllChildren(text)")
-        assert page.evaluate("getSelection().toString()").replace("\n", "") == "".join(word for word, _title in titles)
+        assert page.evaluate("getSelection().toString()").replace("\n", "") == "".join(
+            word for word, _title in titles
+        )
 
 
 def test_measure_a_step(explorers, record_step, page_name):

@@ -3,6 +3,7 @@
 import random
 
 import pytest
+
 from moe_book.game import NOBODY, RouterGame
 
 pytestmark = pytest.mark.pages_with("RouterGame(")
@@ -32,14 +33,28 @@ def cell(game, t, e):
 
 
 def shown(game) -> dict:
-    return {key: float(game.get_attribute(f"data-{key}")) for key in ("score", "dropped", "imbalance", "open")}
+    return {
+        key: float(game.get_attribute(f"data-{key}"))
+        for key in ("score", "dropped", "imbalance", "open")
+    }
 
 
 def agrees(game, puzzle, experts):
     outcome = puzzle.play(experts)
-    assert shown(game) == pytest.approx({"score": outcome.score, "dropped": outcome.dropped, "imbalance": outcome.imbalance, "open": experts.count(NOBODY)})
-    states = [game.locator(".moe-tile").nth(t).get_attribute("data-state") for t in range(len(experts))]
-    assert states == ["open" if e == NOBODY else "kept" if k else "dropped" for e, k in zip(experts, outcome.kept)]
+    assert shown(game) == pytest.approx(
+        {
+            "score": outcome.score,
+            "dropped": outcome.dropped,
+            "imbalance": outcome.imbalance,
+            "open": experts.count(NOBODY),
+        }
+    )
+    states = [
+        game.locator(".moe-tile").nth(t).get_attribute("data-state") for t in range(len(experts))
+    ]
+    assert states == [
+        "open" if e == NOBODY else "kept" if k else "dropped" for e, k in zip(experts, outcome.kept)
+    ]
 
 
 def test_the_page_and_the_core_count_alike(play):
@@ -63,13 +78,24 @@ def test_the_page_and_the_core_count_alike(play):
 def test_the_rivals_stand_beside_it_and_their_choices_can_be_seen(play):
     game = play()
     puzzle = RouterGame().puzzles[0]
-    rows = [row.locator("th, td").all_inner_texts() for row in game.locator(".moe-results tbody tr").all()]
+    rows = [
+        row.locator("th, td").all_inner_texts()
+        for row in game.locator(".moe-results tbody tr").all()
+    ]
     assert [(row[0], row[1], row[3], row[4]) for row in rows[1:]] == [
-        (name, f"{o.score:.2f}", str(o.dropped), f"{o.imbalance:.2f}") for name, o in puzzle.rivals.items()]
+        (name, f"{o.score:.2f}", str(o.dropped), f"{o.imbalance:.2f}")
+        for name, o in puzzle.rivals.items()
+    ]
     for name, outcome in puzzle.rivals.items():
         game.locator(".moe-results").get_by_role("button", name=name, exact=True).click()
-        marks = [[cell(game, t, e).get_attribute("data-mark") for e in range(4)] for t in range(len(puzzle.words))]
-        assert marks == [[("◆" if k else "◇") if e == chosen else "" for e in range(4)] for chosen, k in zip(outcome.experts, outcome.kept)]
+        marks = [
+            [cell(game, t, e).get_attribute("data-mark") for e in range(4)]
+            for t in range(len(puzzle.words))
+        ]
+        assert marks == [
+            [("◆" if k else "◇") if e == chosen else "" for e in range(4)]
+            for chosen, k in zip(outcome.experts, outcome.kept)
+        ]
     press(game, "Hide the balanced answer")
     assert game.locator("[data-mark='◆'], [data-mark='◇']").count() == 0
     press(game, BEST)
@@ -86,7 +112,14 @@ def test_the_keyboard_is_enough(play):
     assert game.locator(".moe-board button[tabindex='0']").count() == 1, "one stop of the tab key"
     game.locator(".moe-board button[tabindex='0']").focus()
     focused = "() => document.activeElement.getAttribute('aria-label')"
-    for key, (t, e) in {"ArrowRight": (0, 1), "ArrowDown": (1, 1), "ArrowLeft": (1, 0), "ArrowUp": (0, 0), "End": (T - 1, 0), "Home": (0, 0)}.items():
+    for key, (t, e) in {
+        "ArrowRight": (0, 1),
+        "ArrowDown": (1, 1),
+        "ArrowLeft": (1, 0),
+        "ArrowUp": (0, 0),
+        "End": (T - 1, 0),
+        "Home": (0, 0),
+    }.items():
         page.keyboard.press(key)
         assert page.evaluate(focused).startswith(f"{puzzle.words[t]}, expert {e}, ")
     width = page.evaluate("() => getComputedStyle(document.activeElement).outlineWidth")
@@ -121,7 +154,11 @@ def test_what_happens_is_announced(play):
         assert cell(game, t, 0).get_attribute("aria-pressed") == "true"
     assert "dropped" in cell(game, puzzle.capacity, 0).get_attribute("aria-label")
     cell(game, 0, 0).click()  # taken back: the one who was dropped moves up
-    agrees(game, puzzle, [NOBODY] + [0] * puzzle.capacity + [NOBODY] * (len(puzzle.words) - puzzle.capacity - 1))
+    agrees(
+        game,
+        puzzle,
+        [NOBODY] + [0] * puzzle.capacity + [NOBODY] * (len(puzzle.words) - puzzle.capacity - 1),
+    )
 
 
 def test_one_at_a_time_hides_what_is_to_come_and_keeps_what_was_chosen(play):
@@ -150,7 +187,9 @@ def test_it_is_played_with_a_thumb(play):
     for button in game.locator("button").all():
         box = button.bounding_box()
         assert min(box["width"], box["height"]) >= 24
-    cut = game.evaluate("(root) => [...root.querySelectorAll('button, th')].filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent)")
+    cut = game.evaluate(
+        "(root) => [...root.querySelectorAll('button, th')].filter((e) => e.scrollWidth > e.clientWidth + 1).map((e) => e.textContent)"
+    )
     assert cut == []
 
 

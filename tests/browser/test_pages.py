@@ -20,10 +20,14 @@ def test_a_page_reports_no_error_and_asks_nothing_outside(visit):
 @pytest.mark.pages_with("$")
 def test_formulas_are_drawn_from_local_files(visit):
     page = visit().page
-    page.wait_for_function("() => document.querySelector('mjx-container') && window.MathJax.startup.promise")
+    page.wait_for_function(
+        "() => document.querySelector('mjx-container') && window.MathJax.startup.promise"
+    )
     assert page.locator(".math:not(:has(mjx-container))").count() == 0
     assert page.locator("mjx-merror").count() == 0
-    fonts = page.evaluate("document.fonts.ready.then((all) => [...all].filter((f) => /MJX/.test(f.family) && f.status === 'loaded').length)")
+    fonts = page.evaluate(
+        "document.fonts.ready.then((all) => [...all].filter((f) => /MJX/.test(f.family) && f.status === 'loaded').length)"
+    )
     assert fonts > 0
 
 
@@ -35,7 +39,10 @@ def test_no_serious_accessibility_violation(visit, scheme):
     seen.page.evaluate(AXE.read_text("utf8"))
     found = seen.page.evaluate("axe.run(document, { resultTypes: ['violations'] })")["violations"]
     serious = [
-        f"{v['id']}: {node['target']} {node['failureSummary']}" for v in found if v["impact"] in ("serious", "critical") for node in v["nodes"]
+        f"{v['id']}: {node['target']} {node['failureSummary']}"
+        for v in found
+        if v["impact"] in ("serious", "critical")
+        for node in v["nodes"]
     ]
     assert serious == []
 

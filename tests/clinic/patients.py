@@ -1,25 +1,30 @@
 """The patients: for every router a run in which all is well, and for every illness a run in which one thing is done wrong."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
 
 from moe_core import CapacityRule, TopKRouter, metrics
-from moe_core.corpus import VOCAB_SIZE
-from moe_core.routing_log import RoutingLog
-from moe_core.routing_records import StepCosts
+from moe_tools.corpus import VOCAB_SIZE
+from moe_tools.diagnosis.log import RoutingLog
+from moe_tools.diagnosis.records import StepCosts
 
-from .ward import LENGTH, STEPS, TRUNK, layers, newborn, patient, text, train
+from .ward import STEPS, TRUNK, layers, newborn, patient, text, train
 
 # How a run of each router stays healthy: MoEConfig's fields. What differs from the router bench: 60 steps are few, so a balance loss
 # that has to work in them is up to 5 times as strong, thresholds forget faster, and ReLU's penalty starts where it bites.
 HEALTHY = {
     "topk": dict(aux_loss_weight=0.01),
     "noisy_topk": dict(),
-    "switch": dict(top_k=1, aux_loss_weight=0.1, capacity_factor=CapacityRule(factor=1.5, eval_factor=2.0), jitter_noise=0.01),
+    "switch": dict(
+        top_k=1,
+        aux_loss_weight=0.1,
+        capacity_factor=CapacityRule(factor=1.5, eval_factor=2.0),
+        jitter_noise=0.01,
+    ),
     "gshard": dict(aux_loss_weight=0.01, capacity_factor=1.25),
     "loss_free": dict(router_options=dict(bias_update_rate=0.005)),
     "hash": dict(router_options=dict(vocab_size=VOCAB_SIZE)),
@@ -82,7 +87,9 @@ def _bf16(seed: int) -> RoutingLog:
     model, inputs = patient(seed, aux_loss_weight=0.01), {}
     for index, layer in enumerate(layers(model)):
         layer.router.__class__ = Bf16Router
-        layer.router.register_forward_pre_hook(lambda router, args, index=index: inputs.update({index: args[0].detach()}))
+        layer.router.register_forward_pre_hook(
+            lambda router, args, index=index: inputs.update({index: args[0].detach()})
+        )
 
     @torch.no_grad()
     def flips(model, tokens, routings):
@@ -112,10 +119,18 @@ def _ranks(slow_rank: int | None = None, bytes_per_second: float = 1e9):
         load_E = torch.stack([routing.tokens_per_expert for routing in routings]).sum(0)
         rows = load_E.view(4, -1).sum(1).tolist()
         seconds = [1e-6 * r * (2.5 if rank == slow_rank else 1) for rank, r in enumerate(rows)]
-        moved = 4 * max(rows) * 3 / 4 * TRUNK["d_model"] * 4  # dispatch and combine, forward and backward, 3/4 of float32 rows leave
+        moved = (
+            4 * max(rows) * 3 / 4 * TRUNK["d_model"] * 4
+        )  # dispatch and combine, forward and backward, 3/4 of float32 rows leave
         all_to_all = moved / bytes_per_second
-        return dict(costs=StepCosts(step_seconds=3 * max(seconds) + all_to_all, all_to_all_seconds=all_to_all, rank_rows=rows,
-                                    rank_seconds=seconds))
+        return dict(
+            costs=StepCosts(
+                step_seconds=3 * max(seconds) + all_to_all,
+                all_to_all_seconds=all_to_all,
+                rank_rows=rows,
+                rank_seconds=seconds,
+            )
+        )
 
     return measure
 
@@ -126,36 +141,104 @@ def _fair_ranks(seed: int) -> RoutingLog:
 
 
 PATIENTS = [
-    Patient("collapse", "no balance loss, and a router that starts with a liking for expert 0",
-            lambda seed: train(_with_bias(seed, 0, 2.0), seed=seed), ("starvation",)),
-    Patient("starvation", "the router starts with a dislike of expert 3 that a balance loss of 0.01 does not get over",
-            lambda seed: train(_with_bias(seed, 3, -3.0, aux_loss_weight=0.01), seed=seed)),
-    Patient("load imbalance", "one expert per token, no balance loss, and a liking for expert 5 that is not enough for a collapse",
-            lambda seed: train(_with_bias(seed, 5, 0.4, n_experts=16, top_k=1), seed=seed), ("starvation",)),
-    Patient("oscillating bias", "bias_update_rate is 0.1, a hundred times the paper's",
-            lambda seed: train(patient(seed, router="loss_free", router_options=dict(bias_update_rate=0.1)), seed=seed)),
-    Patient("drop storm", "the capacity factor is 0.25",
-            lambda seed: train(patient(seed, aux_loss_weight=0.01, capacity_factor=0.25), seed=seed), ("starvation",)),
-    Patient("threshold cold start", "no warm-up, and a model that starts from nothing",
-            lambda seed: train(newborn(seed, router="expert_threshold", router_options=dict(ema_decay=0.99, warmup_steps=0)),
-                               seed=seed, lr=1e-2)),
-    Patient("logit drift", "the router learns a hundred times as fast, and there is no z-loss",
-            lambda seed: train(patient(seed, aux_loss_weight=0.01), seed=seed, router_lr=100)),
+    Patient(
+        "collapse",
+        "no balance loss, and a router that starts with a liking for expert 0",
+        lambda seed: train(_with_bias(seed, 0, 2.0), seed=seed),
+        ("starvation",),
+    ),
+    Patient(
+        "starvation",
+        "the router starts with a dislike of expert 3 that a balance loss of 0.01 does not get over",
+        lambda seed: train(_with_bias(seed, 3, -3.0, aux_loss_weight=0.01), seed=seed),
+    ),
+    Patient(
+        "load imbalance",
+        "one expert per token, no balance loss, and a liking for expert 5 that is not enough for a collapse",
+        lambda seed: train(_with_bias(seed, 5, 0.4, n_experts=16, top_k=1), seed=seed),
+        ("starvation",),
+    ),
+    Patient(
+        "oscillating bias",
+        "bias_update_rate is 0.1, a hundred times the paper's",
+        lambda seed: train(
+            patient(seed, router="loss_free", router_options=dict(bias_update_rate=0.1)), seed=seed
+        ),
+    ),
+    Patient(
+        "drop storm",
+        "the capacity factor is 0.25",
+        lambda seed: train(patient(seed, aux_loss_weight=0.01, capacity_factor=0.25), seed=seed),
+        ("starvation",),
+    ),
+    Patient(
+        "threshold cold start",
+        "no warm-up, and a model that starts from nothing",
+        lambda seed: train(
+            newborn(
+                seed, router="expert_threshold", router_options=dict(ema_decay=0.99, warmup_steps=0)
+            ),
+            seed=seed,
+            lr=1e-2,
+        ),
+    ),
+    Patient(
+        "logit drift",
+        "the router learns a hundred times as fast, and there is no z-loss",
+        lambda seed: train(patient(seed, aux_loss_weight=0.01), seed=seed, router_lr=100),
+    ),
     Patient("bf16 router", "the router computes in bfloat16", _bf16),
-    Patient("over-strong balance loss", "the balance coefficient is 10",
-            lambda seed: train(patient(seed, aux_loss_weight=10.0), seed=seed, router_lr=10), (),
-            lambda seed: train(patient(seed, aux_loss_weight=0.01), seed=seed, router_lr=10)),
-    Patient("padding counted", "the batch has padding and the model is not told",
-            lambda seed: train(patient(seed, aux_loss_weight=0.01), seed=seed, pad=True, tell_padding=False), (),
-            lambda seed: train(patient(seed, aux_loss_weight=0.01), seed=seed, pad=True)),
-    Patient("dead shared gate", "the gate starts with a bias of -8", lambda seed: _shut_gate(seed, True), (),
-            lambda seed: _shut_gate(seed, False)),
-    Patient("train-eval gap", "eval has an eighth of the room that training has",
-            lambda seed: train(patient(seed, aux_loss_weight=0.01, capacity_factor=CapacityRule(factor=2.0, eval_factor=0.25)), seed=seed)),
-    Patient("straggler rank", "rank 2 is 2.5 times as slow (simulated)",
-            lambda seed: train(patient(seed, aux_loss_weight=0.01), seed=seed, measure=_ranks(slow_rank=2)), (),
-            _fair_ranks),
-    Patient("slow all-to-all", "the link moves 100 MB a second instead of 1 GB (simulated)",
-            lambda seed: train(patient(seed, aux_loss_weight=0.01), seed=seed, measure=_ranks(bytes_per_second=1e8)), (),
-            _fair_ranks),
+    Patient(
+        "over-strong balance loss",
+        "the balance coefficient is 10",
+        lambda seed: train(patient(seed, aux_loss_weight=10.0), seed=seed, router_lr=10),
+        (),
+        lambda seed: train(patient(seed, aux_loss_weight=0.01), seed=seed, router_lr=10),
+    ),
+    Patient(
+        "padding counted",
+        "the batch has padding and the model is not told",
+        lambda seed: train(
+            patient(seed, aux_loss_weight=0.01), seed=seed, pad=True, tell_padding=False
+        ),
+        (),
+        lambda seed: train(patient(seed, aux_loss_weight=0.01), seed=seed, pad=True),
+    ),
+    Patient(
+        "dead shared gate",
+        "the gate starts with a bias of -8",
+        lambda seed: _shut_gate(seed, True),
+        (),
+        lambda seed: _shut_gate(seed, False),
+    ),
+    Patient(
+        "train-eval gap",
+        "eval has an eighth of the room that training has",
+        lambda seed: train(
+            patient(
+                seed,
+                aux_loss_weight=0.01,
+                capacity_factor=CapacityRule(factor=2.0, eval_factor=0.25),
+            ),
+            seed=seed,
+        ),
+    ),
+    Patient(
+        "straggler rank",
+        "rank 2 is 2.5 times as slow (simulated)",
+        lambda seed: train(
+            patient(seed, aux_loss_weight=0.01), seed=seed, measure=_ranks(slow_rank=2)
+        ),
+        (),
+        _fair_ranks,
+    ),
+    Patient(
+        "slow all-to-all",
+        "the link moves 100 MB a second instead of 1 GB (simulated)",
+        lambda seed: train(
+            patient(seed, aux_loss_weight=0.01), seed=seed, measure=_ranks(bytes_per_second=1e8)
+        ),
+        (),
+        _fair_ranks,
+    ),
 ]

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from moe_core import metrics
-from moe_core.diagnosis import ILLNESSES
 from moe_core.routers import ROUTERS
-from moe_core.routing_log import RoutingLog
+from moe_tools import diagnosis
+from moe_tools.diagnosis import ILLNESSES
+from moe_tools.diagnosis.log import RoutingLog
 
 from .patients import HEALTHY, PATIENTS, healthy
 from .ward import SEEDS
@@ -18,23 +18,27 @@ seeds = pytest.mark.parametrize("seed", SEEDS)
 @seeds
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_healthy_run_of_every_router_is_not_called_ill(name, seed):
-    findings = metrics.diagnose(healthy(name, seed))
+    findings = diagnosis.diagnose(healthy(name, seed))
     assert findings == [], str(findings)
 
 
 @seeds
 @pytest.mark.parametrize("patient", PATIENTS, ids=lambda patient: patient.name)
 def test_a_planted_illness_is_named_and_nothing_that_does_not_come_with_it(patient, seed):
-    log = RoutingLog.from_dict(json.loads(json.dumps(patient.run(seed).to_dict())))  # as a file would give it back
-    findings = metrics.diagnose(log)
+    log = RoutingLog.from_dict(
+        json.loads(json.dumps(patient.run(seed).to_dict()))
+    )  # as a file would give it back
+    findings = diagnosis.diagnose(log)
     assert patient.name in findings.names, str(findings)
     assert set(findings.names) <= {patient.name, *patient.brings}, str(findings)
 
 
 @seeds
-@pytest.mark.parametrize("patient", [patient for patient in PATIENTS if patient.twin], ids=lambda patient: patient.name)
+@pytest.mark.parametrize(
+    "patient", [patient for patient in PATIENTS if patient.twin], ids=lambda patient: patient.name
+)
 def test_the_twin_in_which_the_one_thing_is_right_is_well(patient, seed):
-    findings = metrics.diagnose(patient.twin(seed))
+    findings = diagnosis.diagnose(patient.twin(seed))
     assert findings == [] and patient.name not in findings.unasked, str(findings)
 
 

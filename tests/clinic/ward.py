@@ -4,15 +4,16 @@ Patients start from a dense model that has learned a little, and their routers f
 hundred steps of a small model from nothing are a turmoil that would look like half of the illnesses.
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import Callable
 
 import torch
 from torch import Tensor
 
-from moe_core import LanguageModel, LMConfig, MixtureOfExperts, MoEConfig, corpus
+from moe_core import LanguageModel, LMConfig, MixtureOfExperts, MoEConfig
 from moe_core.lm import next_token_loss
-from moe_core.routing_log import RoutingLog
+from moe_tools import corpus
+from moe_tools.diagnosis.log import RoutingLog
 
 SEEDS = range(5)
 STEPS, EVERY = 60, 5
@@ -65,7 +66,10 @@ def patient(seed: int, **fields) -> LanguageModel:
         if not router.prescribes_start:
             router.reset_parameters()  # uniform in +-1/sqrt(D): the LM's 0.02 is made for a D of thousands
         for name in ("gate_up_proj", "down_proj"):
-            bank, weight = getattr(block.feed_forward.experts, name), getattr(trained.feed_forward, name).weight
+            bank, weight = (
+                getattr(block.feed_forward.experts, name),
+                getattr(trained.feed_forward, name).weight,
+            )
             bank.copy_(weight)
             bank += 0.1 * weight.std() * torch.randn_like(bank)
     tokens = text().batch(BATCH, LENGTH, generator=torch.Generator().manual_seed(seed))[0]
@@ -78,8 +82,17 @@ def layers(model: LanguageModel) -> list[MixtureOfExperts]:
     return [block.feed_forward for block in model.blocks]
 
 
-def train(model: LanguageModel, *, seed: int, steps: int = STEPS, lr: float = 3e-3, router_lr: float = 1.0, pad: bool = False,
-          tell_padding: bool = True, measure: Callable[[LanguageModel, Tensor, list], dict] = lambda *_: {}) -> RoutingLog:
+def train(
+    model: LanguageModel,
+    *,
+    seed: int,
+    steps: int = STEPS,
+    lr: float = 3e-3,
+    router_lr: float = 1.0,
+    pad: bool = False,
+    tell_padding: bool = True,
+    measure: Callable[[LanguageModel, Tensor, list], dict] = lambda *_: {},
+) -> RoutingLog:
     """Train and log; in the second half the batch of each logged step is evaluated too, before it is learned from.
 
     Args:
@@ -89,10 +102,18 @@ def train(model: LanguageModel, *, seed: int, steps: int = STEPS, lr: float = 3e
     """
     generator = torch.Generator().manual_seed(seed)
     of_routers = {id(p) for layer in layers(model) for p in layer.router.parameters()}
-    optimizer = torch.optim.AdamW([
-        {"params": [p for p in model.parameters() if id(p) not in of_routers]},
-        {"params": [p for p in model.parameters() if id(p) in of_routers], "lr": lr * router_lr},
-    ], lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if id(p) not in of_routers]},
+            {
+                "params": [p for p in model.parameters() if id(p) in of_routers],
+                "lr": lr * router_lr,
+            },
+        ],
+        lr=lr,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+    )
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=steps // 10)
     log = RoutingLog(model, every=EVERY)
     for step in range(1, steps + 1):
@@ -105,7 +126,9 @@ def train(model: LanguageModel, *, seed: int, steps: int = STEPS, lr: float = 3e
             model.eval()
             with torch.no_grad():
                 logits, routings = model(tokens, told)
-            log.add_evaluation(step, routings, loss=next_token_loss(logits, tokens), padding_mask=mask)
+            log.add_evaluation(
+                step, routings, loss=next_token_loss(logits, tokens), padding_mask=mask
+            )
         model.train()
         logits, routings = model(tokens, told)
         loss = next_token_loss(logits, tokens)

@@ -10,13 +10,20 @@ from moe_core import DropReason, MoEConfig, Routing, TopKRouter
 from moe_core.experts import ACTIVATIONS
 
 # The same examples on every run, and no clock.
-fast = settings(max_examples=30, deadline=None, derandomize=True, database=None,
-                suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors])
+fast = settings(
+    max_examples=30,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
+)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
     """Normal numbers that are the same on every call."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def mask(*shape, seed=0):
@@ -51,16 +58,30 @@ def stream(seed, B=4, N=128):
     return x
 
 
-def routing_of(indices, n_experts, *, scores=None, weights=None, reasons=None, padding_mask=None, capacity=None) -> Routing:
+def routing_of(
+    indices, n_experts, *, scores=None, weights=None, reasons=None, padding_mask=None, capacity=None
+) -> Routing:
     """A Routing written by hand from nested lists; kept slots, even weights and even scores unless told otherwise."""
     indices = torch.as_tensor(indices, dtype=torch.int64)
     B, N, K = indices.shape
-    reasons = torch.zeros(B, N, K, dtype=torch.int8) if reasons is None else torch.as_tensor(reasons, dtype=torch.int8)
-    scores = torch.full((B, N, n_experts), 1 / n_experts) if scores is None else torch.as_tensor(scores)
+    reasons = (
+        torch.zeros(B, N, K, dtype=torch.int8)
+        if reasons is None
+        else torch.as_tensor(reasons, dtype=torch.int8)
+    )
+    scores = (
+        torch.full((B, N, n_experts), 1 / n_experts) if scores is None else torch.as_tensor(scores)
+    )
     weights = torch.full((B, N, K), 1 / K) if weights is None else torch.as_tensor(weights)
     return Routing(
-        expert_indices=indices, expert_weights=weights, capacity_mask=reasons == DropReason.KEPT, logits=scores.clamp(min=1e-9).log(),
-        scores=scores, drop_reason=reasons, padding_mask=padding_mask, capacity=capacity,
+        expert_indices=indices,
+        expert_weights=weights,
+        capacity_mask=reasons == DropReason.KEPT,
+        logits=scores.clamp(min=1e-9).log(),
+        scores=scores,
+        drop_reason=reasons,
+        padding_mask=padding_mask,
+        capacity=capacity,
     )
 
 
@@ -71,7 +92,10 @@ def mlp_of_expert(experts, e, x):
     if experts.glu:
         gate, up = projected[: experts.d_ff], projected[experts.d_ff :]
         if experts.act.limit is not None:
-            gate, up = gate.minimum(gate.new_tensor(experts.act.limit)), up.clamp(-experts.act.limit, experts.act.limit)
+            gate, up = (
+                gate.minimum(gate.new_tensor(experts.act.limit)),
+                up.clamp(-experts.act.limit, experts.act.limit),
+            )
         hidden = ACTIVATIONS[experts.activation](gate) * (up + experts.act.up_offset)
     else:
         hidden = ACTIVATIONS[experts.activation](projected)
@@ -87,7 +111,9 @@ def experts_token_by_token(experts, x, routing):
             y = x[b, n] * 0
             for k in range(K):
                 if routing.capacity_mask[b, n, k]:
-                    y = y + routing.expert_weights[b, n, k] * mlp_of_expert(experts, routing.expert_indices[b, n, k], x[b, n])
+                    y = y + routing.expert_weights[b, n, k] * mlp_of_expert(
+                        experts, routing.expert_indices[b, n, k], x[b, n]
+                    )
             rows.append(y)
     return torch.stack(rows).view(x.shape) if rows else x * 0
 
@@ -125,10 +151,20 @@ class Case:
         return mask(self.B, self.N, seed=self.seed) if self.padded else None
 
     def router(self, **changes) -> TopKRouter:
-        router = seeded(TopKRouter, self.D, self.E, self.K, seed=self.seed, **{
-            "capacity_factor": self.capacity_factor, "norm_topk_prob": self.normalized, "aux_loss_weight": 0.01, "z_loss_weight": 0.001,
-            **changes,
-        })
+        router = seeded(
+            TopKRouter,
+            self.D,
+            self.E,
+            self.K,
+            seed=self.seed,
+            **{
+                "capacity_factor": self.capacity_factor,
+                "norm_topk_prob": self.normalized,
+                "aux_loss_weight": 0.01,
+                "z_loss_weight": 0.001,
+                **changes,
+            },
+        )
         with torch.no_grad():
             router.weight *= self.scale
         return router
@@ -139,7 +175,13 @@ def cases(draw) -> Case:
     """Situations a router must survive: no sequence, no token, one expert, K = E, ties, saturated softmax, padding, no room."""
     E = draw(st.integers(1, 6))
     return Case(
-        B=draw(st.integers(0, 3)), N=draw(st.integers(0, 6)), E=E, K=draw(st.integers(1, E)), seed=draw(st.integers(0, 999)),
-        scale=draw(st.sampled_from([0.0, 1.0, 10.0, 1e4])), padded=draw(st.booleans()),
-        capacity_factor=draw(st.sampled_from([None, 0.0, 0.5, 1.0, 1.25, 100.0])), normalized=draw(st.booleans()),
+        B=draw(st.integers(0, 3)),
+        N=draw(st.integers(0, 6)),
+        E=E,
+        K=draw(st.integers(1, E)),
+        seed=draw(st.integers(0, 999)),
+        scale=draw(st.sampled_from([0.0, 1.0, 10.0, 1e4])),
+        padded=draw(st.booleans()),
+        capacity_factor=draw(st.sampled_from([None, 0.0, 0.5, 1.0, 1.25, 100.0])),
+        normalized=draw(st.booleans()),
     )

@@ -15,20 +15,23 @@ from moe_core.capacity import expert_capacity
 from .helpers import cases, fast, first_come_first_served, randn, routing_of
 
 
-@pytest.mark.parametrize(("n_tokens", "top_k", "n_experts", "capacity_factor", "places"), [
-    (1024, 1, 8, 1.25, 160),  # Switch
-    (1024, 2, 8, 1.25, 320),
-    (10, 1, 1, 1.1, 11),
-    (100, 1, 1, 1.1, 110),  # 100 * 1.1 is 110.00000000000001 in floats
-    (100, 1, 10, 0.7, 7),
-    (7, 1, 4, 1.0, 2),  # rounded up
-    (1024, 2, 8, 0.0, 0),
-    (1024, 2, 8, 0, 0),
-    (0, 2, 8, 1.25, 0),
-    (1, 1, 8, 0.01, 1),
-    (4, 1, 2, 100, 200),  # more places than tokens
-    (8, 1, 1, 1e-7, 1),
-])
+@pytest.mark.parametrize(
+    ("n_tokens", "top_k", "n_experts", "capacity_factor", "places"),
+    [
+        (1024, 1, 8, 1.25, 160),  # Switch
+        (1024, 2, 8, 1.25, 320),
+        (10, 1, 1, 1.1, 11),
+        (100, 1, 1, 1.1, 110),  # 100 * 1.1 is 110.00000000000001 in floats
+        (100, 1, 10, 0.7, 7),
+        (7, 1, 4, 1.0, 2),  # rounded up
+        (1024, 2, 8, 0.0, 0),
+        (1024, 2, 8, 0, 0),
+        (0, 2, 8, 1.25, 0),
+        (1, 1, 8, 0.01, 1),
+        (4, 1, 2, 100, 200),  # more places than tokens
+        (8, 1, 1, 1e-7, 1),
+    ],
+)
 def test_capacity_is(n_tokens, top_k, n_experts, capacity_factor, places):
     assert expert_capacity(n_tokens, top_k, n_experts, capacity_factor) == places
 
@@ -40,14 +43,17 @@ def test_capacity_is_the_ceiling_of_the_decimal_as_written(n_tokens, top_k, n_ex
     assert expert_capacity(n_tokens, top_k, n_experts, hundredths / 100) == exact
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ((-1, 1, 1, 1.0), "n_tokens=-1 must be a whole number, at least 0"),
-    ((8, 0, 1, 1.0), "top_k=0 must be a whole number, at least 1"),
-    ((8, 1, 1.5, 1.0), "n_experts=1.5 must be a whole number, at least 1"),
-    ((8, 1, 1, -0.1), "capacity_factor=-0.1 must be at least 0"),
-    ((8, 1, 1, math.nan), "capacity_factor=nan must be at least 0"),
-    ((8, 1, 1, math.inf), "capacity_factor=inf must be at least 0 and finite"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1, 1, 1, 1.0), "n_tokens=-1 must be a whole number, at least 0"),
+        ((8, 0, 1, 1.0), "top_k=0 must be a whole number, at least 1"),
+        ((8, 1, 1.5, 1.0), "n_experts=1.5 must be a whole number, at least 1"),
+        ((8, 1, 1, -0.1), "capacity_factor=-0.1 must be at least 0"),
+        ((8, 1, 1, math.nan), "capacity_factor=nan must be at least 0"),
+        ((8, 1, 1, math.inf), "capacity_factor=inf must be at least 0 and finite"),
+    ],
+)
 def test_a_capacity_out_of_range_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         expert_capacity(*arguments)
@@ -59,7 +65,9 @@ def test_an_unknown_drop_policy_is_refused():
 
 
 def test_the_earliest_keep_their_place():
-    routing = capacity.apply(routing_of([[[0, 1], [0, 1], [1, 0]]], 4), capacity_factor=1.0).check()  # C = ceil(6 / 4) = 2
+    routing = capacity.apply(
+        routing_of([[[0, 1], [0, 1], [1, 0]]], 4), capacity_factor=1.0
+    ).check()  # C = ceil(6 / 4) = 2
     assert routing.capacity == 2
     assert routing.capacity_mask.tolist() == [[[True, True], [True, True], [False, False]]]
 
@@ -72,9 +80,18 @@ def test_in_a_long_tie_the_earliest_keep_their_place():
 def test_a_dropped_slot_keeps_its_index_and_weight():
     before = routing_of([[[0], [0], [0], [1]]], 2)
     after = capacity.apply(before, capacity_factor=0.5)
-    assert after.drop_reason.flatten().tolist() == [DropReason.KEPT, DropReason.OVER_CAPACITY, DropReason.OVER_CAPACITY, DropReason.KEPT]
-    assert torch.equal(after.expert_indices, before.expert_indices) and torch.equal(after.expert_weights, before.expert_weights)
-    assert before.capacity is None and before.capacity_mask.all()  # and the routing given is left as it was
+    assert after.drop_reason.flatten().tolist() == [
+        DropReason.KEPT,
+        DropReason.OVER_CAPACITY,
+        DropReason.OVER_CAPACITY,
+        DropReason.KEPT,
+    ]
+    assert torch.equal(after.expert_indices, before.expert_indices) and torch.equal(
+        after.expert_weights, before.expert_weights
+    )
+    assert (
+        before.capacity is None and before.capacity_mask.all()
+    )  # and the routing given is left as it was
 
 
 def test_capacity_zero_keeps_nobody():
@@ -87,7 +104,9 @@ def test_more_places_than_tokens_keep_everybody():
 
 
 def test_queue_places_count_the_kept_slots_before():
-    routing = routing_of([[[0, 1], [1, 0], [0, 1]]], 2, reasons=[[[0, 0], [1, 0], [0, 0]]], capacity=9)
+    routing = routing_of(
+        [[[0, 1], [1, 0], [0, 1]]], 2, reasons=[[[0, 0], [1, 0], [0, 0]]], capacity=9
+    )
     places = capacity.queue_places(routing)
     assert places[routing.capacity_mask].tolist() == [0, 0, 1, 2, 1]
 
@@ -124,6 +143,10 @@ def test_slots_that_are_out_already_stay_out_and_do_not_queue():
     reasons = [[[DropReason.PADDING], [0], [0]]]
     routing = routing_of([[[0], [0], [0]]], 3, reasons=reasons, padding_mask=padding_mask)
     after = capacity.apply(routing, capacity_factor=1.0).check()
-    assert after.drop_reason.flatten().tolist() == [DropReason.PADDING, DropReason.KEPT, DropReason.OVER_CAPACITY]
+    assert after.drop_reason.flatten().tolist() == [
+        DropReason.PADDING,
+        DropReason.KEPT,
+        DropReason.OVER_CAPACITY,
+    ]
     again = capacity.apply(replace(after, capacity=None), capacity_factor=1.0)
     assert torch.equal(again.drop_reason, after.drop_reason)

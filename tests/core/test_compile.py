@@ -24,8 +24,16 @@ def forget_what_was_compiled():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("options", [{}, {"capacity_factor": 1.0}, {"capacity_factor": 1.0, "backend": "padded"}, {"bias": True, "n_shared_experts": 1}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"capacity_factor": 1.0},
+        {"capacity_factor": 1.0, "backend": "padded"},
+        {"bias": True, "n_shared_experts": 1},
+    ],
+    ids=str,
+)
 def test_the_compiled_layer_is_one_graph_with_equal_numbers(options):
     moe, x = seeded(MixtureOfExperts, config(aux_loss_weight=0.01, **options)), randn(2, 6, 8)
     graphs = CompileCounterWithBackend("inductor")
@@ -43,10 +51,16 @@ def test_fake_bfloat16_on_a_device_is_one_graph_too(options):
     try:
         with FakeTensorMode(), torch.device("meta"):
             moe = MixtureOfExperts(config(aux_loss_weight=0.01, **options))
-            y, routing = torch.compile(moe, fullgraph=True, backend=graphs)(torch.randn(2, 3, 8, requires_grad=True))
+            y, routing = torch.compile(moe, fullgraph=True, backend=graphs)(
+                torch.randn(2, 3, 8, requires_grad=True)
+            )
             (y.square().sum() + routing.aux_loss).backward()
     finally:
         torch.set_default_dtype(torch.float32)
     assert graphs.frame_count == 1 and y.dtype == torch.bfloat16 and y.shape == (2, 3, 8)
-    calls = [str(node.target) for node in graphs.graphs[0].graph.nodes if node.op == "call_function"]
-    assert sum("grouped_mm" in call for call in calls) == 2 and moe.experts.down_proj.grad is not None
+    calls = [
+        str(node.target) for node in graphs.graphs[0].graph.nodes if node.op == "call_function"
+    ]
+    assert (
+        sum("grouped_mm" in call for call in calls) == 2 and moe.experts.down_proj.grad is not None
+    )

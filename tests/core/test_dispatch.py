@@ -27,7 +27,9 @@ def test_rows_are_the_kept_slots_by_expert_and_in_the_order_of_the_batch(case):
         for slot, expert in enumerate(routing.expert_indices.flatten().tolist()):
             if expert == e and routing.capacity_mask.flatten()[slot]:
                 expected.append(x_TD[slot // case.K])
-    assert torch.equal(rows, torch.stack(expected) if expected else torch.zeros(0, case.D, dtype=torch.float64))
+    assert torch.equal(
+        rows, torch.stack(expected) if expected else torch.zeros(0, case.D, dtype=torch.float64)
+    )
 
 
 @fast
@@ -49,12 +51,17 @@ def test_combine_equals_a_loop_over_tokens_forward_and_backward(case):
     weights = routing.expert_weights.detach().requires_grad_()
     expected = torch.zeros(case.B * case.N, 3, dtype=torch.float64)
     for row, slot in enumerate(plan.slot_A.tolist()):
-        expected = expected.index_add(0, torch.tensor([slot // case.K]), (weights.flatten()[slot] * rows[row]).unsqueeze(0))
+        expected = expected.index_add(
+            0, torch.tensor([slot // case.K]), (weights.flatten()[slot] * rows[row]).unsqueeze(0)
+        )
     expected, got = expected.view(case.B, case.N, 3), plan.combine(rows, weights)
     assert torch.allclose(got, expected, atol=1e-12, rtol=0)
     probe = randn(case.B, case.N, 3, seed=1, dtype=torch.float64)
     if len(rows):
-        for a, b in zip(torch.autograd.grad(got, (rows, weights), probe), torch.autograd.grad(expected, (rows, weights), probe)):
+        for a, b in zip(
+            torch.autograd.grad(got, (rows, weights), probe),
+            torch.autograd.grad(expected, (rows, weights), probe),
+        ):
             assert torch.allclose(a, b, atol=1e-12, rtol=0)
 
 
@@ -64,7 +71,9 @@ def test_combining_what_was_gathered_gives_each_token_times_the_sum_of_its_kept_
     routing, x = random_routing(case), case.x(torch.float64)
     plan = DispatchPlan(routing)
     kept = (routing.expert_weights * routing.capacity_mask).sum(-1, keepdim=True)
-    assert torch.allclose(plan.combine(plan.gather(x), routing.expert_weights), x * kept, atol=1e-12, rtol=0)
+    assert torch.allclose(
+        plan.combine(plan.gather(x), routing.expert_weights), x * kept, atol=1e-12, rtol=0
+    )
 
 
 def test_a_token_without_a_kept_slot_gets_exactly_zero_even_from_infinite_rows():
@@ -87,9 +96,12 @@ def test_gathered_rows_are_a_copy():
 def test_strides_do_not_matter():
     routing = routing_of([[[0, 1], [2, 0], [1, 2]]] * 2, 3, weights=randn(2, 3, 2))
     x, rows, plan = randn(2, 3, 4), randn(12, 4, seed=1), DispatchPlan(routing)
-    scattered = lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)  # noqa: E731
+    scattered = lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(plan.gather(scattered(x)), plan.gather(x))
-    assert torch.equal(plan.combine(scattered(rows), scattered(routing.expert_weights)), plan.combine(rows, routing.expert_weights))
+    assert torch.equal(
+        plan.combine(scattered(rows), scattered(routing.expert_weights)),
+        plan.combine(rows, routing.expert_weights),
+    )
     indices = scattered(routing.expert_indices)
     assert torch.equal(DispatchPlan(replace(routing, expert_indices=indices)).slot_A, plan.slot_A)
 
@@ -106,8 +118,12 @@ def test_bfloat16_rows_are_summed_in_float32_and_rounded_once():
 def sparse_routing(T, E, *, share=0.25, seed=0, dtype=torch.float32):
     """T tokens with a slot for each of E experts, about this share of them kept, and drawn weights."""
     taken = torch.rand(1, T, E, generator=torch.Generator().manual_seed(seed)) < share
-    return routing_of(torch.arange(E).expand(1, T, E), E, weights=randn(1, T, E, seed=seed, dtype=dtype),
-                      reasons=torch.where(taken, DropReason.KEPT, DropReason.NOT_SELECTED))
+    return routing_of(
+        torch.arange(E).expand(1, T, E),
+        E,
+        weights=randn(1, T, E, seed=seed, dtype=dtype),
+        reasons=torch.where(taken, DropReason.KEPT, DropReason.NOT_SELECTED),
+    )
 
 
 @fast
@@ -121,7 +137,9 @@ def test_a_static_plan_gives_what_an_exact_one_gives_forward_and_backward(case):
         rows = plan.gather(x)
         assert len(rows) == len(plan.slot_A) == plan.counts_E.sum()
         y = plan.combine(rows * 3, weights)
-        results.append((y, *torch.autograd.grad(y, (x, weights), randn(*y.shape, seed=7, dtype=torch.float64))))
+        results.append(
+            (y, *torch.autograd.grad(y, (x, weights), randn(*y.shape, seed=7, dtype=torch.float64)))
+        )
     assert len(rows) == routing.expert_indices.numel()  # a row for every slot
     for exact, static in zip(*results):
         assert torch.allclose(exact, static, atol=1e-12, rtol=0)
@@ -140,8 +158,20 @@ def test_a_static_plans_rows_without_a_kept_slot_are_zeros_at_the_end_and_the_la
 def test_on_a_cpu_a_plan_is_exact_on_other_devices_static_unless_most_slots_may_be_empty():
     routing = routing_of([[[0, 1]]], 3, reasons=[[[0, 1]]], capacity=1)
     assert DispatchPlan(routing).real_A is None and len(DispatchPlan(routing).slot_A) == 1
-    on_meta = replace(routing, **{name: getattr(routing, name).to("meta") for name in
-                                  ("expert_indices", "expert_weights", "capacity_mask", "logits", "scores", "drop_reason")})
+    on_meta = replace(
+        routing,
+        **{
+            name: getattr(routing, name).to("meta")
+            for name in (
+                "expert_indices",
+                "expert_weights",
+                "capacity_mask",
+                "logits",
+                "scores",
+                "drop_reason",
+            )
+        },
+    )
     assert DispatchPlan(on_meta).real_A is not None and len(DispatchPlan(on_meta).slot_A) == 2
     x, relu = randn(2, 3, 8), seeded(ReLURouter, 8, 4)
     assert len(DispatchPlan(relu(x)).slot_A) == relu(x).capacity_mask.sum() < 24
@@ -171,10 +201,13 @@ def test_gathering_and_combining_never_make_a_tensor_of_all_slots(share):
 
 
 def test_combining_by_rows_gives_the_same_bits_every_time():
-    plan_of = lambda: DispatchPlan(sparse_routing(50, 8))  # noqa: E731
+    plan_of = lambda: DispatchPlan(sparse_routing(50, 8))
     rows = randn(len(plan_of().slot_A), 16)
     first = plan_of().combine(rows, sparse_routing(50, 8).expert_weights)
-    assert all(torch.equal(plan_of().combine(rows, sparse_routing(50, 8).expert_weights), first) for _ in range(5))
+    assert all(
+        torch.equal(plan_of().combine(rows, sparse_routing(50, 8).expert_weights), first)
+        for _ in range(5)
+    )
 
 
 def test_by_rows_too_a_token_without_a_kept_slot_gets_exactly_zero_and_bfloat16_is_rounded_once():
@@ -190,8 +223,16 @@ def test_by_rows_too_a_token_without_a_kept_slot_gets_exactly_zero_and_bfloat16_
             assert torch.equal(plan.combine(rows, routing.expert_weights)[0, 0], exact)
 
 
-OPTIONS = [{}, {"capacity_factor": 1.0}, {"capacity_factor": 1.0, "backend": "padded"}, {"activation": "relu2"}, {"bias": True},
-           {"dropout": 0.1}, {"glu_limit": 7.0, "up_offset": 1.0, "activation": "quick_gelu"}, {"router": "loss_free", "aux_loss_weight": 0.0}]
+OPTIONS = [
+    {},
+    {"capacity_factor": 1.0},
+    {"capacity_factor": 1.0, "backend": "padded"},
+    {"activation": "relu2"},
+    {"bias": True},
+    {"dropout": 0.1},
+    {"glu_limit": 7.0, "up_offset": 1.0, "activation": "quick_gelu"},
+    {"router": "loss_free", "aux_loss_weight": 0.0},
+]
 
 
 def fake_step(options: dict) -> tuple:
@@ -199,7 +240,9 @@ def fake_step(options: dict) -> tuple:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with FakeTensorMode(), torch.device("meta"):
-            moe = MixtureOfExperts(config(**{"n_shared_experts": 1, "aux_loss_weight": 0.01, **options}))
+            moe = MixtureOfExperts(
+                config(**{"n_shared_experts": 1, "aux_loss_weight": 0.01, **options})
+            )
             x = torch.randn(2, 3, 8, requires_grad=True)
             y, routing = moe(x)
             (y.square().sum() + routing.aux_loss).backward()

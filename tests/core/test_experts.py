@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_core import Experts, FeedForward, TopKRouter
-from moe_core.activations import ACTIVATIONS, PULLBACKS, Activation
 from moe_core.experts import BACKENDS
+from moe_core.experts.activations import ACTIVATIONS, PULLBACKS, Activation
 
 from .helpers import cases, experts_token_by_token, fast, mlp_of_expert, randn, routing_of, seeded
 
@@ -40,7 +40,13 @@ def gap(experts, x, routing, backend) -> float:
 
 
 GPT_OSS = {"activation": "quick_gelu", "glu_limit": 0.7, "up_offset": 1.0, "bias": True}
-OPTIONS = [{}, {"glu": False, "activation": "relu2"}, GPT_OSS, {"glu_limit": 0.3}, {"glu": False, "bias": True, "activation": "gelu"}]
+OPTIONS = [
+    {},
+    {"glu": False, "activation": "relu2"},
+    GPT_OSS,
+    {"glu_limit": 0.3},
+    {"glu": False, "bias": True, "activation": "gelu"},
+]
 FAST = [backend for backend in BACKENDS if backend != "loop"]
 each_fast = pytest.mark.parametrize("backend", FAST)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -52,9 +58,14 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("glu", [True, False])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_experts_equal_the_formula_token_by_token(activation, glu):
-    experts, x = bank(activation=activation, glu=glu, backend="loop").double(), randn(2, 5, 8, dtype=torch.float64)
+    experts, x = (
+        bank(activation=activation, glu=glu, backend="loop").double(),
+        randn(2, 5, 8, dtype=torch.float64),
+    )
     routing = seeded(TopKRouter, 8, 4, 2)(x)
-    assert torch.allclose(experts(x, routing), experts_token_by_token(experts, x, routing), atol=1e-12, rtol=0)
+    assert torch.allclose(
+        experts(x, routing), experts_token_by_token(experts, x, routing), atol=1e-12, rtol=0
+    )
 
 
 @each_backend
@@ -62,7 +73,9 @@ def test_experts_equal_the_formula_token_by_token(activation, glu):
 def test_clamps_offsets_and_biases_equal_the_formula(options, backend):
     experts, x = bank(**options, backend=backend), 3 * randn(2, 5, 8)
     routing = seeded(TopKRouter, 8, 4, 2)(x)
-    assert torch.allclose(experts(x, routing), experts_token_by_token(experts, x, routing), atol=1e-5)
+    assert torch.allclose(
+        experts(x, routing), experts_token_by_token(experts, x, routing), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("glu", [True, False])
@@ -70,11 +83,16 @@ def test_clamps_offsets_and_biases_equal_the_formula(options, backend):
 def test_the_derivative_of_each_activation_is_that_of_autograd(name, glu):
     clamped = [Activation(name, glu, limit=0.5, up_offset=1.0)] if glu else []
     for activation in (Activation(name, glu), *clamped):
-        h, grad = randn(3, 8, dtype=torch.float64).requires_grad_(), randn(3, 4 if glu else 8, seed=1, dtype=torch.float64)
+        h, grad = (
+            randn(3, 8, dtype=torch.float64).requires_grad_(),
+            randn(3, 4 if glu else 8, seed=1, dtype=torch.float64),
+        )
         out = activation(h)
         (expected,) = torch.autograd.grad(out, h, grad)
         got, again = activation.pullback(grad.clone(), h.detach())
-        assert torch.allclose(got, expected, atol=1e-12, rtol=0) and torch.allclose(again, out, atol=1e-12, rtol=0)
+        assert torch.allclose(got, expected, atol=1e-12, rtol=0) and torch.allclose(
+            again, out, atol=1e-12, rtol=0
+        )
     assert set(PULLBACKS) == set(ACTIVATIONS)
 
 
@@ -90,7 +108,11 @@ def test_experts_equal_the_formula_whatever_the_routing(case):
 
 def test_the_activations_are_what_they_are_called():
     h = torch.tensor([-2.0, 0.0, 3.0])
-    assert ACTIVATIONS["relu"](h).tolist() == [0, 0, 3] and ACTIVATIONS["relu2"](h).tolist() == [0, 0, 9]
+    assert ACTIVATIONS["relu"](h).tolist() == [0, 0, 3] and ACTIVATIONS["relu2"](h).tolist() == [
+        0,
+        0,
+        9,
+    ]
     assert torch.allclose(ACTIVATIONS["silu"](h), h / (1 + (-h).exp()))
     assert torch.allclose(ACTIVATIONS["gelu"](h), h * 0.5 * (1 + torch.erf(h / 2**0.5)))
 
@@ -134,7 +156,9 @@ def test_experts_start_different_within_the_bounds_of_linear():
 @given(case=cases())
 def test_backends_agree_forward_and_backward(backend, options, case):
     experts, x = bank(8, 12, case.E, **options), randn(case.B, case.N, 8, seed=case.seed)
-    router = seeded(TopKRouter, 8, case.E, case.K, seed=case.seed, capacity_factor=case.capacity_factor)
+    router = seeded(
+        TopKRouter, 8, case.E, case.K, seed=case.seed, capacity_factor=case.capacity_factor
+    )
     assert gap(experts, x, router(x, case.padding_mask()), backend) <= 1e-5
 
 
@@ -142,7 +166,10 @@ def test_backends_agree_forward_and_backward(backend, options, case):
 @settings(fast, max_examples=10)
 @given(case=cases(), d_ff=st.integers(1, 9))
 def test_those_that_know_float64_and_any_width_agree_to_rounding(backend, case, d_ff):
-    experts, x = bank(case.D + 1, d_ff, case.E, bias=True).double(), randn(case.B, case.N, case.D + 1, seed=case.seed, dtype=torch.float64)
+    experts, x = (
+        bank(case.D + 1, d_ff, case.E, bias=True).double(),
+        randn(case.B, case.N, case.D + 1, seed=case.seed, dtype=torch.float64),
+    )
     router = seeded(TopKRouter, case.D + 1, case.E, case.K, capacity_factor=case.capacity_factor)
     assert gap(experts, x, router(x, case.padding_mask()), backend) <= 1e-12
 
@@ -150,7 +177,9 @@ def test_those_that_know_float64_and_any_width_agree_to_rounding(backend, case, 
 @each_fast
 @pytest.mark.parametrize("rows", [1, 2, 15, 17, 60])
 def test_backends_agree_from_one_row_an_expert_to_many(backend, rows):
-    indices = torch.tensor([0] * rows + [2] * (rows + 1)).view(1, -1, 1)  # fused takes another order of the product for few rows
+    indices = torch.tensor([0] * rows + [2] * (rows + 1)).view(
+        1, -1, 1
+    )  # fused takes another order of the product for few rows
     assert gap(bank(bias=True), randn(1, 2 * rows + 1, 8), routing_of(indices, 4), backend) <= 1e-5
 
 
@@ -163,8 +192,15 @@ def test_every_token_to_every_expert(backend):
 @each_fast
 @pytest.mark.parametrize("capacity_factor", [None, 0.5])
 def test_expanded_and_scattered_inputs_and_gradients(backend, capacity_factor):
-    experts, router = bank(backend=backend), seeded(TopKRouter, 8, 4, 2, capacity_factor=capacity_factor)
-    for x in (randn(1, 1, 8).expand(2, 5, 8), randn(8, 5, 2).transpose(0, 2), randn(2, 5, 16)[..., ::2]):
+    experts, router = (
+        bank(backend=backend),
+        seeded(TopKRouter, 8, 4, 2, capacity_factor=capacity_factor),
+    )
+    for x in (
+        randn(1, 1, 8).expand(2, 5, 8),
+        randn(8, 5, 2).transpose(0, 2),
+        randn(2, 5, 16)[..., ::2],
+    ):
         results = []
         for values in (x, x.contiguous().clone()):
             values = values.detach().requires_grad_()
@@ -177,13 +213,20 @@ def test_expanded_and_scattered_inputs_and_gradients(backend, capacity_factor):
 
 @each_fast
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("indices", [
-    [[[0, 1], [0, 1], [1, 0]]],  # experts 2 and 3 are empty
-    [[[3, 2], [3, 2], [3, 2]]],  # the first ones are
-], ids=["last empty", "first empty"])
+@pytest.mark.parametrize(
+    "indices",
+    [
+        [[[0, 1], [0, 1], [1, 0]]],  # experts 2 and 3 are empty
+        [[[3, 2], [3, 2], [3, 2]]],  # the first ones are
+    ],
+    ids=["last empty", "first empty"],
+)
 def test_backends_agree_in_every_dtype_with_empty_experts(indices, dtype, backend):
     tolerance = {torch.float32: 1e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
-    assert gap(bank().to(dtype), randn(1, 3, 8, dtype=dtype), routing_of(indices, 4), backend) <= tolerance
+    assert (
+        gap(bank().to(dtype), randn(1, 3, 8, dtype=dtype), routing_of(indices, 4), backend)
+        <= tolerance
+    )
 
 
 @each_backend
@@ -192,7 +235,9 @@ def test_bfloat16_experts_are_combined_in_float32(backend):
     routing = routing_of([[[0, 1, 2, 3]] * 6], 4, weights=randn(1, 6, 4).softmax(-1))
     outputs = [mlp_of_expert(experts, e, x[0].T).T for e in range(4)]  # each rounded to bfloat16
     expected = sum(routing.expert_weights[0, :, e : e + 1] * outputs[e].float() for e in range(4))
-    assert (experts(x, routing)[0].float() - expected).abs().max() <= 2 * 2**-8 * expected.abs().max()
+    assert (
+        experts(x, routing)[0].float() - expected
+    ).abs().max() <= 2 * 2**-8 * expected.abs().max()
 
 
 @each_backend
@@ -200,21 +245,30 @@ def test_the_same_bits_every_time(backend):
     experts, x = bank(backend=backend), randn(2, 9, 8)
     routing = seeded(TopKRouter, 8, 4, 2, capacity_factor=1.0)(x)
     first = gradients(experts, x, routing)
-    assert all(torch.equal(a, b) for _ in range(3) for a, b in zip(first, gradients(experts, x, routing)))
+    assert all(
+        torch.equal(a, b) for _ in range(3) for a, b in zip(first, gradients(experts, x, routing))
+    )
 
 
 @each_backend
 def test_dropout_drops_hidden_values_in_training_only(backend):
-    experts, x = bank(d_ff=512, dropout=0.25, backend=backend, activation="relu", glu=False), randn(1, 4, 8)
+    experts, x = (
+        bank(d_ff=512, dropout=0.25, backend=backend, activation="relu", glu=False),
+        randn(1, 4, 8),
+    )
     with torch.no_grad():  # every hidden value 1, every output their mean
         experts.gate_up_proj.fill_(0), experts.down_proj.fill_(1 / 512)
-    experts.gate_up_bias, experts.down_bias = (torch.nn.Parameter(torch.full((4, n), float(n == 512))) for n in (512, 8))
+    experts.gate_up_bias, experts.down_bias = (
+        torch.nn.Parameter(torch.full((4, n), float(n == 512))) for n in (512, 8)
+    )
     routing = seeded(TopKRouter, 8, 4, 1, norm_topk_prob=True)(x)
     assert torch.allclose(experts.eval()(x, routing), torch.ones(1, 4, 8), atol=1e-5)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         y = experts.train()(x, routing)
-    assert (y != 1).all() and torch.allclose(y, torch.ones(1, 4, 8), atol=0.12)  # standard deviation 0.0255
+    assert (y != 1).all() and torch.allclose(
+        y, torch.ones(1, 4, 8), atol=0.12
+    )  # standard deviation 0.0255
     agree_experts = bank(dropout=0.5)
     for seed in range(3):  # and all backends draw the same
         with torch.random.fork_rng():
@@ -230,7 +284,9 @@ def test_dropout_drops_hidden_values_in_training_only(backend):
 def test_all_tokens_to_one_expert_is_that_expert(backend):
     experts, x = bank(backend=backend), randn(2, 3, 8)
     y = experts(x, routing_of(torch.full((2, 3, 1), 2), 4))
-    expected = torch.stack([mlp_of_expert(experts, 2, token) for token in x.flatten(0, 1)]).view(2, 3, 8)
+    expected = torch.stack([mlp_of_expert(experts, 2, token) for token in x.flatten(0, 1)]).view(
+        2, 3, 8
+    )
     assert torch.allclose(y, expected, atol=1e-6)
 
 
@@ -254,28 +310,51 @@ def test_without_a_kept_row_output_and_gradients_are_zero_not_none(backend, shap
     assert (experts.gate_up_proj.grad == 0).all() and (experts.down_proj.grad == 0).all()
 
 
-@pytest.mark.parametrize(("device", "d_model", "d_ff", "dtype", "capacity", "chosen", "because"), [
-    ("meta", 8, 16, torch.float32, None, "grouped", "float32"), ("meta", 4, 12, torch.float32, None, "grouped", "float32"),
-    ("meta", 8, 16, torch.bfloat16, 3, "grouped", "nothing waits"), ("meta", 8, 16, torch.float64, None, "loop", "float64"),
-    ("meta", 7, 16, torch.float32, None, "loop", "16 bytes"), ("meta", 8, 9, torch.float32, 3, "padded", "capacity"),
-    ("meta", 4, 12, torch.bfloat16, None, "loop", "16 bytes"), ("cpu", 8, 16, torch.float32, None, "fused", "one expert after the other"),
-])
-def test_auto_picks_by_device_dtype_and_alignment_and_says_why(device, d_model, d_ff, dtype, capacity, chosen, because):
-    backend, why = bank(d_model, d_ff).choose_backend(torch.empty(8, d_model, dtype=dtype, device=device), capacity)
+@pytest.mark.parametrize(
+    ("device", "d_model", "d_ff", "dtype", "capacity", "chosen", "because"),
+    [
+        ("meta", 8, 16, torch.float32, None, "grouped", "float32"),
+        ("meta", 4, 12, torch.float32, None, "grouped", "float32"),
+        ("meta", 8, 16, torch.bfloat16, 3, "grouped", "nothing waits"),
+        ("meta", 8, 16, torch.float64, None, "loop", "float64"),
+        ("meta", 7, 16, torch.float32, None, "loop", "16 bytes"),
+        ("meta", 8, 9, torch.float32, 3, "padded", "capacity"),
+        ("meta", 4, 12, torch.bfloat16, None, "loop", "16 bytes"),
+        ("cpu", 8, 16, torch.float32, None, "fused", "one expert after the other"),
+    ],
+)
+def test_auto_picks_by_device_dtype_and_alignment_and_says_why(
+    device, d_model, d_ff, dtype, capacity, chosen, because
+):
+    backend, why = bank(d_model, d_ff).choose_backend(
+        torch.empty(8, d_model, dtype=dtype, device=device), capacity
+    )
     assert backend == chosen and because in why
 
 
-@pytest.mark.parametrize(("rows", "dtype", "d_ff", "chosen"), [
-    (0, torch.float32, 16, "fused"), (31, torch.float32, 16, "fused"), (32, torch.float32, 16, "grouped"), (256, torch.float32, 16, "grouped"),
-    (257, torch.float32, 16, "fused"), (128, torch.float64, 16, "fused"), (128, torch.float32, 9, "fused"),
-])
-def test_on_a_cpu_auto_takes_the_grouped_matmul_for_a_few_dozen_rows_an_expert(rows, dtype, d_ff, chosen):
+@pytest.mark.parametrize(
+    ("rows", "dtype", "d_ff", "chosen"),
+    [
+        (0, torch.float32, 16, "fused"),
+        (31, torch.float32, 16, "fused"),
+        (32, torch.float32, 16, "grouped"),
+        (256, torch.float32, 16, "grouped"),
+        (257, torch.float32, 16, "fused"),
+        (128, torch.float64, 16, "fused"),
+        (128, torch.float32, 9, "fused"),
+    ],
+)
+def test_on_a_cpu_auto_takes_the_grouped_matmul_for_a_few_dozen_rows_an_expert(
+    rows, dtype, d_ff, chosen
+):
     assert bank(d_ff=d_ff).choose_backend(torch.empty(rows, 8, dtype=dtype))[0] == chosen
 
 
 def test_an_explicit_backend_is_not_second_guessed():
     with pytest.raises(RuntimeError):
-        bank(backend="grouped").double()(randn(1, 2, 8, dtype=torch.float64), routing_of([[[0], [1]]], 4))
+        bank(backend="grouped").double()(
+            randn(1, 2, 8, dtype=torch.float64), routing_of([[[0], [1]]], 4)
+        )
 
 
 @each_backend
@@ -284,7 +363,10 @@ def test_renaming_the_experts_changes_no_output(backend):
     routing = seeded(TopKRouter, 8, 4, 2)(x)
     renamed = copy.deepcopy(experts)
     with torch.no_grad():
-        renamed.gate_up_proj[new_name], renamed.down_proj[new_name] = experts.gate_up_proj, experts.down_proj
+        renamed.gate_up_proj[new_name], renamed.down_proj[new_name] = (
+            experts.gate_up_proj,
+            experts.down_proj,
+        )
     y = renamed(x, replace(routing, expert_indices=new_name[routing.expert_indices]))
     assert torch.allclose(y, experts(x, routing), atol=1e-6)
 
@@ -306,8 +388,11 @@ def test_drop_path_skips_whole_sequences_in_training_and_scales_the_others():
 
 
 def test_x_and_routing_must_belong_together():
-    for x, routing in [(randn(1, 2, 8), routing_of([[[0]]], 4)), (randn(1, 1, 7), routing_of([[[0]]], 4)),
-                       (randn(1, 1, 8), routing_of([[[0]]], 3))]:
+    for x, routing in [
+        (randn(1, 2, 8), routing_of([[[0]]], 4)),
+        (randn(1, 1, 7), routing_of([[[0]]], 4)),
+        (randn(1, 1, 8), routing_of([[[0]]], 3)),
+    ]:
         with pytest.raises(ValueError, match="do not fit d_model=8, n_experts=4"):
             bank()(x, routing)
 
@@ -323,5 +408,7 @@ def test_forward_changes_neither_input_nor_weights():
 def test_a_feed_forward_takes_any_leading_shape():
     ff = seeded(FeedForward, 8, 12, activation="gelu", glu=False)
     x = randn(2, 3, 8)
-    assert torch.allclose(ff(x), F.gelu(x @ ff.gate_up_proj.weight.T) @ ff.down_proj.weight.T, atol=1e-6)
+    assert torch.allclose(
+        ff(x), F.gelu(x @ ff.gate_up_proj.weight.T) @ ff.down_proj.weight.T, atol=1e-6
+    )
     assert ff(x[0, 0]).shape == (8,)

@@ -22,8 +22,15 @@ def grads(module):
 @fast
 @given(cases())
 def test_the_layer_is_the_weighted_sum_of_experts_and_the_shared_ones(case):
-    moe = layer(d_model=case.D, d_ff=3, n_experts=case.E, top_k=case.K, capacity_factor=case.capacity_factor,
-                norm_topk_prob=case.normalized, n_shared_experts=2).double()
+    moe = layer(
+        d_model=case.D,
+        d_ff=3,
+        n_experts=case.E,
+        top_k=case.K,
+        capacity_factor=case.capacity_factor,
+        norm_topk_prob=case.normalized,
+        n_shared_experts=2,
+    ).double()
     x = case.x(torch.float64)
     y, routing = moe(x, case.padding_mask())
     expected = experts_token_by_token(moe.experts, x, routing.check()) + moe.shared_experts(x)
@@ -33,7 +40,10 @@ def test_the_layer_is_the_weighted_sum_of_experts_and_the_shared_ones(case):
 def test_one_expert_is_a_feed_forward_layer():
     ff, moe = seeded(FeedForward, 8, 16), layer(n_experts=1, top_k=1)
     with torch.no_grad():
-        moe.experts.gate_up_proj[0], moe.experts.down_proj[0] = ff.gate_up_proj.weight, ff.down_proj.weight
+        moe.experts.gate_up_proj[0], moe.experts.down_proj[0] = (
+            ff.gate_up_proj.weight,
+            ff.down_proj.weight,
+        )
     x, x2 = randn(2, 3, 8).requires_grad_(), randn(2, 3, 8).requires_grad_()
     ff(x).square().sum().backward()
     y, _routing = moe(x2)
@@ -45,7 +55,10 @@ def test_one_expert_is_a_feed_forward_layer():
 def test_experts_that_are_all_alike_make_the_router_irrelevant():
     moe, x = layer(), randn(2, 3, 8)
     with torch.no_grad():
-        moe.experts.gate_up_proj[:], moe.experts.down_proj[:] = moe.experts.gate_up_proj[0], moe.experts.down_proj[0]
+        moe.experts.gate_up_proj[:], moe.experts.down_proj[:] = (
+            moe.experts.gate_up_proj[0],
+            moe.experts.down_proj[0],
+        )
     before = moe(x)[0]
     torch.nn.init.normal_(moe.router.weight)
     assert torch.allclose(moe(x)[0], before, atol=1e-6)
@@ -80,15 +93,27 @@ def test_padding_gets_exactly_zero_and_sends_no_gradient():
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 @pytest.mark.parametrize("glu", [True, False])
 def test_gradients_are_right_in_float64(norm_topk_prob, glu):
-    moe = layer(d_model=3, d_ff=2, n_experts=3, norm_topk_prob=norm_topk_prob, glu=glu, n_shared_experts=1,
-                aux_loss_weight=0.1, z_loss_weight=0.1, capacity_factor=1.0, backend="loop").double()
+    moe = layer(
+        d_model=3,
+        d_ff=2,
+        n_experts=3,
+        norm_topk_prob=norm_topk_prob,
+        glu=glu,
+        n_shared_experts=1,
+        aux_loss_weight=0.1,
+        z_loss_weight=0.1,
+        capacity_factor=1.0,
+        backend="loop",
+    ).double()
     names, parameters = zip(*moe.named_parameters())
 
     def run(x, *parameters):
         y, routing = torch.func.functional_call(moe, dict(zip(names, parameters)), (x,))
         return y, routing.aux_loss
 
-    assert torch.autograd.gradcheck(run, (randn(1, 4, 3, dtype=torch.float64).requires_grad_(), *parameters))
+    assert torch.autograd.gradcheck(
+        run, (randn(1, 4, 3, dtype=torch.float64).requires_grad_(), *parameters)
+    )
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
@@ -113,7 +138,9 @@ def test_evaluation_is_deterministic_whatever_noise_training_has():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_the_output_has_the_inputs_dtype_and_every_parameter_a_finite_gradient(dtype):
-    moe = layer(aux_loss_weight=0.01, z_loss_weight=0.01, n_shared_experts=1, capacity_factor=1.0).to(dtype)
+    moe = layer(
+        aux_loss_weight=0.01, z_loss_weight=0.01, n_shared_experts=1, capacity_factor=1.0
+    ).to(dtype)
     x = randn(2, 3, 8, dtype=dtype).requires_grad_()
     y, routing = moe(x)
     (y.sum() + routing.check().aux_loss).backward()
@@ -147,7 +174,9 @@ def test_autocast_computes_the_experts_in_bfloat16_and_returns_the_inputs_dtype(
 def test_strides_do_not_matter():
     moe, x = layer(n_shared_experts=1), randn(2, 3, 8)
     assert torch.equal(moe(x.transpose(0, 2).contiguous().transpose(0, 2))[0], moe(x)[0])
-    assert torch.allclose(moe(x[:, :1].expand(2, 3, 8))[0], moe(x[:, :1].repeat(1, 3, 1))[0], atol=1e-6)
+    assert torch.allclose(
+        moe(x[:, :1].expand(2, 3, 8))[0], moe(x[:, :1].repeat(1, 3, 1))[0], atol=1e-6
+    )
 
 
 def test_no_grad_gives_the_same_numbers_and_no_graph():
@@ -164,7 +193,10 @@ def test_weights_survive_a_state_dict():
     assert other.load_state_dict(moe.state_dict()).missing_keys == []
     assert torch.equal(other(x)[0], moe(x)[0])
     assert set(moe.state_dict()) == {
-        "router.weight", "experts.gate_up_proj", "experts.down_proj", "shared_experts.gate_up_proj.weight",
+        "router.weight",
+        "experts.gate_up_proj",
+        "experts.down_proj",
+        "shared_experts.gate_up_proj.weight",
         "shared_experts.down_proj.weight",
     }
 
@@ -180,27 +212,63 @@ def test_a_layer_that_has_run_can_be_copied_and_holds_no_new_state():
 def test_shared_experts_are_one_feed_forward_of_their_joint_width():
     assert layer().shared_experts is None
     shared = layer(n_shared_experts=3, activation="relu", glu=False).shared_experts
-    assert shared.down_proj.weight.shape == (8, 48) and (shared.activation, shared.glu) == ("relu", False)
+    assert shared.down_proj.weight.shape == (8, 48) and (shared.activation, shared.glu) == (
+        "relu",
+        False,
+    )
 
 
 def test_every_number_of_the_config_arrives_where_it_is_used():
-    moe = layer(capacity_factor=1.5, norm_topk_prob=False, aux_loss_weight=0.1, z_loss_weight=0.2, jitter_noise=0.3, activation="gelu",
-                glu=False, drop_path=0.4, backend="loop")
+    moe = layer(
+        capacity_factor=1.5,
+        norm_topk_prob=False,
+        aux_loss_weight=0.1,
+        z_loss_weight=0.2,
+        jitter_noise=0.3,
+        activation="gelu",
+        glu=False,
+        drop_path=0.4,
+        backend="loop",
+    )
     router, experts = moe.router, moe.experts
-    assert (router.capacity_rule.factor, router.norm_topk_prob, router.aux_loss_weight) == (1.5, False, 0.1)
+    assert (router.capacity_rule.factor, router.norm_topk_prob, router.aux_loss_weight) == (
+        1.5,
+        False,
+        0.1,
+    )
     assert (router.z_loss_weight, router.jitter_noise, router.top_k) == (0.2, 0.3, 2)
-    assert (experts.activation, experts.glu, experts.drop_path, experts.backend) == ("gelu", False, 0.4, "loop")
-    assert moe.config == config(**{"capacity_factor": 1.5, "norm_topk_prob": False, "aux_loss_weight": 0.1, "z_loss_weight": 0.2,
-                                   "jitter_noise": 0.3, "activation": "gelu", "glu": False, "drop_path": 0.4, "backend": "loop"})
+    assert (experts.activation, experts.glu, experts.drop_path, experts.backend) == (
+        "gelu",
+        False,
+        0.4,
+        "loop",
+    )
+    assert moe.config == config(
+        **{
+            "capacity_factor": 1.5,
+            "norm_topk_prob": False,
+            "aux_loss_weight": 0.1,
+            "z_loss_weight": 0.2,
+            "jitter_noise": 0.3,
+            "activation": "gelu",
+            "glu": False,
+            "drop_path": 0.4,
+            "backend": "loop",
+        }
+    )
 
 
 def test_token_ids_reach_the_router_that_reads_them_and_are_asked_for():
     moe, x = layer(router="hash", router_options={"vocab_size": 32}), randn(2, 3, 8)
     token_ids = torch.tensor([[1, 2, 3], [3, 2, 1]])
     indices = moe(x, None, token_ids)[1].expert_indices
-    assert torch.equal(indices[0], indices[1].flip(0)) and torch.equal(indices, moe(x * 2, None, token_ids)[1].expert_indices)
+    assert torch.equal(indices[0], indices[1].flip(0)) and torch.equal(
+        indices, moe(x * 2, None, token_ids)[1].expert_indices
+    )
     assert not torch.equal(indices, moe(x, None, token_ids + 7)[1].expert_indices)
-    with pytest.raises(ValueError, match="token_ids=None must be .B, N. int64: router='hash' needs them"):
+    with pytest.raises(
+        ValueError, match="token_ids=None must be .B, N. int64: router='hash' needs them"
+    ):
         moe(x)
 
 

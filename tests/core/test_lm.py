@@ -13,7 +13,14 @@ from .helpers import config, randn, seeded
 
 
 def lm_config(**moe) -> LMConfig:
-    return LMConfig(vocab_size=32, d_model=16, n_layers=2, n_heads=2, max_seq_len=8, moe=config(d_model=16, d_ff=12, **moe))
+    return LMConfig(
+        vocab_size=32,
+        d_model=16,
+        n_layers=2,
+        n_heads=2,
+        max_seq_len=8,
+        moe=config(d_model=16, d_ff=12, **moe),
+    )
 
 
 def model(cfg: LMConfig) -> LanguageModel:
@@ -33,21 +40,29 @@ def test_next_token_loss_of_a_case_by_hand():
     logits = torch.log(torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [1 / 3, 1 / 3, 1 / 3]]]))
     # position 0 predicts token 1 (p = 0.2), position 1 predicts token 2 (p = 0.6); position 2 predicts nothing
     expected = -(math.log(0.2) + math.log(0.6)) / 2
-    assert next_token_loss(logits, torch.tensor([[0, 1, 2]])).item() == pytest.approx(expected, rel=1e-6)
+    assert next_token_loss(logits, torch.tensor([[0, 1, 2]])).item() == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_next_token_loss_of_even_logits_is_the_logarithm_of_the_vocabulary():
-    assert next_token_loss(torch.zeros(2, 5, 256), torch.zeros(2, 5, dtype=torch.int64)).item() == pytest.approx(math.log(256))
+    assert next_token_loss(
+        torch.zeros(2, 5, 256), torch.zeros(2, 5, dtype=torch.int64)
+    ).item() == pytest.approx(math.log(256))
 
 
 def test_next_token_loss_is_float32_for_bfloat16_logits():
     logits = randn(1, 3, 32, dtype=torch.bfloat16)
-    assert torch.equal(next_token_loss(logits, tokens(1, 3)), next_token_loss(logits.float(), tokens(1, 3)))
+    assert torch.equal(
+        next_token_loss(logits, tokens(1, 3)), next_token_loss(logits.float(), tokens(1, 3))
+    )
 
 
 def test_the_loss_at_the_start_is_close_to_that_of_a_guess():
     lm = seeded(LanguageModel, lm_config())
-    assert next_token_loss(lm(tokens(8))[0], tokens(8)).item() == pytest.approx(math.log(32), abs=0.05)
+    assert next_token_loss(lm(tokens(8))[0], tokens(8)).item() == pytest.approx(
+        math.log(32), abs=0.05
+    )
 
 
 @pytest.mark.parametrize("dense", [False, True])
@@ -58,7 +73,9 @@ def test_a_later_token_never_changes_earlier_logits_when_dropless(dense, changed
     other[:, changed] = (other[:, changed] + 1) % 32
     a, b = lm(seen)[0], lm(other)[0]
     assert torch.allclose(a[:, :changed], b[:, :changed], atol=1e-12, rtol=0)
-    assert (a[:, changed:] - b[:, changed:]).abs().amax(-1).min() > 1e-6  # and the instrument sees a change
+    assert (a[:, changed:] - b[:, changed:]).abs().amax(
+        -1
+    ).min() > 1e-6  # and the instrument sees a change
 
 
 def test_a_later_token_never_changes_earlier_logits_with_capacity_in_a_batch_of_one():
@@ -75,11 +92,13 @@ def test_a_sequence_does_not_depend_on_the_others_of_its_batch_when_dropless():
 def test_attention_depends_on_distances_not_on_positions():
     attention = seeded(CausalAttention, 16, 2, 64).double()
     q, k = randn(1, 2, 1, 8, dtype=torch.float64), randn(1, 2, 1, 8, seed=1, dtype=torch.float64)
-    rotated = lambda h: attention._rotate(h.expand(1, 2, 64, 8))  # noqa: E731, the same head at every position
+    rotated = lambda h: attention._rotate(h.expand(1, 2, 64, 8))
     scores = rotated(q) @ rotated(k).transpose(-2, -1)
     for distance in (0, 1, 5):
         diagonal = scores.diagonal(-distance, -2, -1)
-        assert torch.allclose(diagonal, diagonal[..., :1].expand_as(diagonal), atol=1e-5)  # the angles are float32
+        assert torch.allclose(
+            diagonal, diagonal[..., :1].expand_as(diagonal), atol=1e-5
+        )  # the angles are float32
     assert not torch.allclose(scores[..., 5, 4], scores[..., 5, 3], atol=1e-3)
 
 
@@ -95,7 +114,9 @@ def test_the_padding_mask_reaches_every_router():
     padding_mask[1, 5:] = False
     logits, routings = model(lm_config())(tokens(), padding_mask)
     assert all(routing.check().tokens_per_expert.sum() == 26 for routing in routings)
-    assert torch.allclose(logits[padding_mask], model(lm_config())(tokens())[0][padding_mask], atol=1e-5)
+    assert torch.allclose(
+        logits[padding_mask], model(lm_config())(tokens())[0][padding_mask], atol=1e-5
+    )
 
 
 def flops(cfg: LMConfig) -> int:
@@ -104,8 +125,17 @@ def flops(cfg: LMConfig) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("moe", [{}, {"top_k": 1}, {"n_shared_experts": 2}, {"top_k": 4, "aux_loss_weight": 0.01},
-                                 {"glu": False, "activation": "relu2"}], ids=str)
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {},
+        {"top_k": 1},
+        {"n_shared_experts": 2},
+        {"top_k": 4, "aux_loss_weight": 0.01},
+        {"glu": False, "activation": "relu2"},
+    ],
+    ids=str,
+)
 def test_the_dense_twin_costs_the_same_but_for_the_router_and_the_weighting(moe):
     T, D, E = 2 * 8, 16, 4
     for backend in ("loop", "fused", "padded"):  # padded multiplies empty places too
@@ -128,9 +158,11 @@ def test_the_dense_twin_differs_in_the_feed_forward_layers_only():
     assert (twin.d_ff, twin.moe) == (36, None)
     assert lm_config(glu=False, activation="relu").dense_twin().to_dict()["activation"] == "relu"
     moe, dense = seeded(LanguageModel, cfg), seeded(LanguageModel, twin)
-    rest = lambda lm: {n: p.shape for n, p in lm.named_parameters() if ".feed_forward." not in n}  # noqa: E731
+    rest = lambda lm: {n: p.shape for n, p in lm.named_parameters() if ".feed_forward." not in n}
     assert rest(moe) == rest(dense)
-    assert isinstance(moe.blocks[0].feed_forward, MixtureOfExperts) and isinstance(dense.blocks[0].feed_forward, FeedForward)
+    assert isinstance(moe.blocks[0].feed_forward, MixtureOfExperts) and isinstance(
+        dense.blocks[0].feed_forward, FeedForward
+    )
 
 
 def test_a_dense_model_has_no_twin():
@@ -139,25 +171,36 @@ def test_a_dense_model_has_no_twin():
 
 
 def test_what_writes_to_the_residual_stream_starts_smaller():
-    cfg = LMConfig(vocab_size=64, d_model=64, n_layers=8, moe=config(d_model=64, d_ff=64, n_shared_experts=1))
+    cfg = LMConfig(
+        vocab_size=64, d_model=64, n_layers=8, moe=config(d_model=64, d_ff=64, n_shared_experts=1)
+    )
     for lm in (seeded(LanguageModel, cfg), seeded(LanguageModel, cfg.dense_twin())):
         for name, parameter in lm.named_parameters():
             if parameter.ndim > 1:
                 writes = "out_proj" in name or "down_proj" in name
-                assert parameter.std().item() == pytest.approx(0.005 if writes else 0.02, rel=0.15), name
+                assert parameter.std().item() == pytest.approx(
+                    0.005 if writes else 0.02, rel=0.15
+                ), name
             else:
                 assert (parameter == 1).all()
 
 
 def test_a_router_that_prescribes_its_start_keeps_it():
-    noisy, base = seeded(LanguageModel, lm_config(router="noisy_topk")), seeded(LanguageModel, lm_config(router="base", top_k=1))
+    noisy, base = (
+        seeded(LanguageModel, lm_config(router="noisy_topk")),
+        seeded(LanguageModel, lm_config(router="base", top_k=1)),
+    )
     for block in (*noisy.blocks, *base.blocks):
         router = block.feed_forward.router
         if block in [*noisy.blocks]:
             assert all((weight == 0).all() for weight in router.parameters())
         else:
-            assert torch.allclose(router.weight @ router.weight.T, 0.01 * torch.eye(4), atol=1e-6)  # orthogonal rows of length 0.1
-    assert noisy.blocks[0].feed_forward.experts.down_proj.std().item() == pytest.approx(0.01, rel=0.2)  # the rest as always
+            assert torch.allclose(
+                router.weight @ router.weight.T, 0.01 * torch.eye(4), atol=1e-6
+            )  # orthogonal rows of length 0.1
+    assert noisy.blocks[0].feed_forward.experts.down_proj.std().item() == pytest.approx(
+        0.01, rel=0.2
+    )  # the rest as always
 
 
 def test_the_tokens_reach_a_hash_router_in_every_layer():
@@ -167,13 +210,17 @@ def test_the_tokens_reach_a_hash_router_in_every_layer():
 
 
 def test_the_dense_twin_of_a_fraction_of_an_expert_is_as_wide():
-    assert lm_config(router="relu", top_k=1.25, n_shared_experts=1).dense_twin().d_ff == 27  # 2.25 * 12
+    assert (
+        lm_config(router="relu", top_k=1.25, n_shared_experts=1).dense_twin().d_ff == 27
+    )  # 2.25 * 12
 
 
 def test_input_and_output_embeddings_are_one():
     lm = model(lm_config().dense_twin())
     lm(torch.zeros(1, 2, dtype=torch.int64))[0].sum().backward()
-    assert (lm.embedding.weight.grad[1:].abs().sum(-1) > 0).all()  # tokens 1 to 31 went in nowhere, they only come out
+    assert (
+        lm.embedding.weight.grad[1:].abs().sum(-1) > 0
+    ).all()  # tokens 1 to 31 went in nowhere, they only come out
 
 
 def test_every_parameter_gets_a_finite_gradient():
@@ -181,7 +228,11 @@ def test_every_parameter_gets_a_finite_gradient():
     logits, routings = lm(tokens())
     (next_token_loss(logits, tokens()) + sum(routing.aux_loss for routing in routings)).backward()
     for name, parameter in lm.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
+        assert (
+            parameter.grad is not None
+            and parameter.grad.isfinite().all()
+            and parameter.grad.abs().sum() > 0
+        ), name
 
 
 def test_a_model_trains_under_autocast():
@@ -189,7 +240,9 @@ def test_a_model_trains_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = next_token_loss(lm(tokens())[0], tokens())
     loss.backward()
-    assert loss.dtype == torch.float32 and all(p.dtype == p.grad.dtype == torch.float32 for p in lm.parameters())
+    assert loss.dtype == torch.float32 and all(
+        p.dtype == p.grad.dtype == torch.float32 for p in lm.parameters()
+    )
 
 
 def test_a_model_survives_its_state_dict():

@@ -15,39 +15,58 @@ from .helpers import cases, fast, randn, routing_of
 OVER, PAD = DropReason.OVER_CAPACITY, DropReason.PADDING
 
 
-@pytest.mark.parametrize(("n_experts", "top_k"), [(1, 1), (4, 1), (4, 2), (4, 3), (4, 4), (8, 2), (8, 8)])
+@pytest.mark.parametrize(
+    ("n_experts", "top_k"), [(1, 1), (4, 1), (4, 2), (4, 3), (4, 4), (8, 2), (8, 8)]
+)
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 def test_balance_loss_is_1_when_uniform_for_every_k(n_experts, top_k, scope):
     token = torch.arange(n_experts).view(1, -1, 1)
-    indices = ((token + torch.arange(top_k)) % n_experts).expand(2, -1, -1)  # each expert gets K slots of each sequence
-    assert losses.load_balance(routing_of(indices, n_experts).check(), scope=scope).item() == pytest.approx(1, abs=1e-6)
+    indices = ((token + torch.arange(top_k)) % n_experts).expand(
+        2, -1, -1
+    )  # each expert gets K slots of each sequence
+    assert losses.load_balance(
+        routing_of(indices, n_experts).check(), scope=scope
+    ).item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("n_experts", [1, 2, 8, 64])
 def test_balance_loss_is_e_when_one_expert_gets_everything(n_experts):
     scores = torch.zeros(1, 5, n_experts)
     scores[..., 0] = 1
-    assert losses.load_balance(routing_of(torch.zeros(1, 5, 1), n_experts, scores=scores)) == n_experts
+    assert (
+        losses.load_balance(routing_of(torch.zeros(1, 5, 1), n_experts, scores=scores)) == n_experts
+    )
 
 
 def test_balance_loss_is_e_for_one_kept_slot_of_k_too():
     scores = torch.tensor([1.0, 0, 0, 0]).expand(1, 5, 4)
-    reasons = torch.tensor([0, PAD, PAD, PAD]).expand(1, 5, 4)  # K = E slots, of which each token takes one
-    assert losses.load_balance(routing_of(torch.arange(4).expand(1, 5, 4), 4, scores=scores, reasons=reasons)) == 4
+    reasons = torch.tensor([0, PAD, PAD, PAD]).expand(
+        1, 5, 4
+    )  # K = E slots, of which each token takes one
+    assert (
+        losses.load_balance(
+            routing_of(torch.arange(4).expand(1, 5, 4), 4, scores=scores, reasons=reasons)
+        )
+        == 4
+    )
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_balance_loss_is_e_over_k_when_all_tokens_share_the_same_k_experts(top_k):
     scores = torch.zeros(1, 5, 8)
     scores[..., :top_k] = 1 / top_k
-    loss = losses.load_balance(routing_of(torch.arange(top_k).expand(1, 5, top_k), 8, scores=scores))
+    loss = losses.load_balance(
+        routing_of(torch.arange(top_k).expand(1, 5, top_k), 8, scores=scores)
+    )
     assert loss.item() == pytest.approx(8 / top_k, rel=1e-6)
 
 
 def test_balance_loss_of_a_case_by_hand():
     scores = [[[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.5, 0.4, 0.1]]]
     # f = (3, 0, 1) / 4; P = (2.0, 1.1, 0.9) / 4; L = 3 * (3*2.0 + 1*0.9) / 16
-    assert losses.load_balance(routing_of([[[0], [0], [2], [0]]], 3, scores=scores)).item() == pytest.approx(3 * 6.9 / 16, rel=1e-6)
+    assert losses.load_balance(
+        routing_of([[[0], [0], [2], [0]]], 3, scores=scores)
+    ).item() == pytest.approx(3 * 6.9 / 16, rel=1e-6)
 
 
 def test_sequences_that_collapse_in_opposite_ways_look_balanced_only_when_pooled():
@@ -68,7 +87,10 @@ def test_balance_loss_has_the_gradient_of_the_mean_score_alone():
 def test_balance_loss_counts_slots_before_capacity():
     kept, dropped = ([[[0], [0], [1]]], None), ([[[0], [0], [1]]], [[[0], [OVER], [0]]])
     scores = randn(1, 3, 2).softmax(-1)
-    values = [losses.load_balance(routing_of(i, 2, scores=scores, reasons=r, capacity=2)) for i, r in (kept, dropped)]
+    values = [
+        losses.load_balance(routing_of(i, 2, scores=scores, reasons=r, capacity=2))
+        for i, r in (kept, dropped)
+    ]
     assert torch.equal(*values)
 
 
@@ -76,7 +98,9 @@ def test_a_sequence_of_padding_only_does_not_dilute_the_loss():
     scores = torch.tensor([1.0, 0.0]).expand(2, 3, 2)
     padding_mask = torch.tensor([[True] * 3, [False] * 3])
     reasons = [[[0]] * 3, [[PAD]] * 3]
-    routing = routing_of(torch.zeros(2, 3, 1), 2, scores=scores, reasons=reasons, padding_mask=padding_mask).check()
+    routing = routing_of(
+        torch.zeros(2, 3, 1), 2, scores=scores, reasons=reasons, padding_mask=padding_mask
+    ).check()
     assert losses.load_balance(routing) == losses.load_balance(routing, scope="sequence") == 2
 
 
@@ -87,7 +111,9 @@ def test_an_unknown_scope_is_refused():
 
 @pytest.mark.parametrize("n_experts", [1, 2, 8])
 def test_z_loss_of_zero_logits_is_the_square_of_ln_e(n_experts):
-    routing = replace(routing_of(torch.zeros(2, 3, 1), n_experts), logits=torch.zeros(2, 3, n_experts))
+    routing = replace(
+        routing_of(torch.zeros(2, 3, 1), n_experts), logits=torch.zeros(2, 3, n_experts)
+    )
     assert losses.z_loss(routing).item() == pytest.approx(math.log(n_experts) ** 2, rel=1e-6)
 
 
@@ -101,20 +127,30 @@ def test_z_loss_of_zero_logits_at_8_experts_is_4_3241():
 def test_shifting_the_logits_of_a_token_changes_its_z_loss_as_the_formula_says(shift):
     logits = randn(1, 1, 4, dtype=torch.float64)
     routing = replace(routing_of([[[0]]], 4), logits=logits + shift)
-    assert losses.z_loss(routing).item() == pytest.approx((logits.logsumexp(-1).item() + shift) ** 2, rel=1e-12, abs=1e-12)
+    assert losses.z_loss(routing).item() == pytest.approx(
+        (logits.logsumexp(-1).item() + shift) ** 2, rel=1e-12, abs=1e-12
+    )
 
 
 def test_z_loss_skips_padding():
     logits = torch.tensor([[[0.0, 0.0], [30.0, -30.0]]])
-    routing = routing_of([[[0], [0]]], 2, reasons=[[[0], [PAD]]], padding_mask=torch.tensor([[True, False]]))
-    assert losses.z_loss(replace(routing, logits=logits)).item() == pytest.approx(math.log(2) ** 2, rel=1e-6)
+    routing = routing_of(
+        [[[0], [0]]], 2, reasons=[[[0], [PAD]]], padding_mask=torch.tensor([[True, False]])
+    )
+    assert losses.z_loss(replace(routing, logits=logits)).item() == pytest.approx(
+        math.log(2) ** 2, rel=1e-6
+    )
 
 
-@pytest.mark.parametrize("loss", [losses.load_balance, lambda r: losses.load_balance(r, scope="sequence"), losses.z_loss])
+@pytest.mark.parametrize(
+    "loss", [losses.load_balance, lambda r: losses.load_balance(r, scope="sequence"), losses.z_loss]
+)
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (2, 3)])
 def test_without_a_real_token_a_loss_is_zero(loss, shape):
     padding_mask = torch.zeros(shape, dtype=torch.bool)
-    routing = routing_of(torch.zeros(*shape, 1), 4, reasons=torch.full((*shape, 1), PAD), padding_mask=padding_mask).check()
+    routing = routing_of(
+        torch.zeros(*shape, 1), 4, reasons=torch.full((*shape, 1), PAD), padding_mask=padding_mask
+    ).check()
     assert loss(routing) == 0 and loss(routing).shape == ()
 
 
@@ -122,8 +158,12 @@ def test_without_a_real_token_a_loss_is_zero(loss, shape):
 @given(cases())
 def test_both_scopes_agree_on_a_batch_of_one(case):
     if case.B and case.N:
-        routing = case.router()(case.x()[:1], None if case.padding_mask() is None else case.padding_mask()[:1])
-        assert torch.allclose(losses.load_balance(routing), losses.load_balance(routing, scope="sequence"), rtol=1e-6)
+        routing = case.router()(
+            case.x()[:1], None if case.padding_mask() is None else case.padding_mask()[:1]
+        )
+        assert torch.allclose(
+            losses.load_balance(routing), losses.load_balance(routing, scope="sequence"), rtol=1e-6
+        )
 
 
 @fast

@@ -16,7 +16,12 @@ PAD = DropReason.PADDING
 
 def uniform(n_experts, top_k, B=2):
     """Each expert gets K slots of each of B sequences, neighbours together; even scores."""
-    return routing_of(((torch.arange(n_experts).view(1, -1, 1) + torch.arange(top_k)) % n_experts).expand(B, -1, -1), n_experts)
+    return routing_of(
+        ((torch.arange(n_experts).view(1, -1, 1) + torch.arange(top_k)) % n_experts).expand(
+            B, -1, -1
+        ),
+        n_experts,
+    )
 
 
 def collapsed(n_experts, top_k=1):
@@ -43,7 +48,9 @@ FORMS = {
     "device": lambda r: losses.device_balance(r, r.n_experts),
     "device per sequence": lambda r: losses.device_balance(r, r.n_experts, scope="sequence"),
     "communication": lambda r: losses.communication_balance(r, r.n_experts, r.top_k),
-    "communication per sequence": lambda r: losses.communication_balance(r, r.n_experts, r.top_k, scope="sequence"),
+    "communication per sequence": lambda r: losses.communication_balance(
+        r, r.n_experts, r.top_k, scope="sequence"
+    ),
 }
 
 
@@ -62,7 +69,12 @@ def test_each_form_is_e_when_one_expert_gets_everything(form, n_experts):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0), (2, 3)])
 def test_each_form_is_0_without_a_real_token(form, shape):
-    routing = routing_of(torch.zeros(*shape, 1), 4, reasons=torch.full((*shape, 1), PAD), padding_mask=torch.zeros(shape, dtype=torch.bool))
+    routing = routing_of(
+        torch.zeros(*shape, 1),
+        4,
+        reasons=torch.full((*shape, 1), PAD),
+        padding_mask=torch.zeros(shape, dtype=torch.bool),
+    )
     assert FORMS[form](routing) == 0 and FORMS[form](routing).shape == ()
 
 
@@ -71,7 +83,9 @@ def test_each_form_gives_every_expert_of_the_router_a_gradient(form):
     router = seeded(TopKRouter, 8, 6, 1)
     x = randn(1, 5, 8)
     routing = router(x)
-    assert (routing.slots_per_expert() == 0).any()  # also those that no token chose: the loss sees all scores, not the top K
+    assert (
+        routing.slots_per_expert() == 0
+    ).any()  # also those that no token chose: the loss sees all scores, not the top K
     FORMS[form](routing).backward()
     assert (router.weight.grad.abs().amax(-1) > 1e-6).all()
 
@@ -81,8 +95,12 @@ def test_no_form_sees_padding(form):
     x, padding_mask = randn(2, 6, 8), torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
     router = seeded(TopKRouter, 8, 4, 2)
     moved = torch.where(padding_mask.unsqueeze(-1), x, 50 * randn(2, 6, 8, seed=3))
-    assert torch.equal(FORMS[form](router(x, padding_mask)), FORMS[form](router(moved, padding_mask)))
-    assert not torch.allclose(FORMS[form](router(x)), FORMS[form](router(moved)))  # unmasked they would count
+    assert torch.equal(
+        FORMS[form](router(x, padding_mask)), FORMS[form](router(moved, padding_mask))
+    )
+    assert not torch.allclose(
+        FORMS[form](router(x)), FORMS[form](router(moved))
+    )  # unmasked they would count
 
 
 @fast
@@ -116,7 +134,11 @@ def test_two_layers_that_collapse_in_opposite_ways_are_each_seen():
         return routing_of(torch.full((1, 4, 1), expert), 2, scores=scores)
 
     layers = [layer(0), layer(1)]
-    pooled = routing_of(torch.cat([r.expert_indices for r in layers], 1), 2, scores=torch.cat([r.scores for r in layers], 1))
+    pooled = routing_of(
+        torch.cat([r.expert_indices for r in layers], 1),
+        2,
+        scores=torch.cat([r.scores for r in layers], 1),
+    )
     assert losses.load_balance(pooled) == 1  # what pooling would report
     assert [losses.load_balance(r).item() for r in layers] == [2, 2]
 
@@ -124,7 +146,9 @@ def test_two_layers_that_collapse_in_opposite_ways_are_each_seen():
 def test_scores_are_averaged_as_they_are_not_softmaxed_again():
     scores = torch.tensor([[[0.9, 0.1], [0.8, 0.2]]])
     # f = (1, 0), P = (0.85, 0.15); a second softmax would pull P to (0.67, 0.33)
-    assert losses.load_balance(routing_of([[[0], [0]]], 2, scores=scores)).item() == pytest.approx(1.7)
+    assert losses.load_balance(routing_of([[[0], [0]]], 2, scores=scores)).item() == pytest.approx(
+        1.7
+    )
 
 
 def test_first_choices_alone_count_where_the_others_do_not():
@@ -136,7 +160,9 @@ def test_first_choices_alone_count_where_the_others_do_not():
 @pytest.mark.parametrize("padded", [False, True])
 def test_for_an_unbiased_softmax_router_the_sequence_loss_is_the_balance_per_sequence(padded):
     routing = route(padded=padded)
-    assert torch.allclose(losses.sequence_balance(routing), losses.load_balance(routing, scope="sequence"), rtol=1e-6)
+    assert torch.allclose(
+        losses.sequence_balance(routing), losses.load_balance(routing, scope="sequence"), rtol=1e-6
+    )
 
 
 def test_the_sequence_loss_counts_what_the_scores_would_choose_not_what_a_bias_chose():
@@ -151,7 +177,9 @@ def test_the_sequence_loss_of_sigmoid_scores_by_hand():
     routing = routing_of([[[0], [1]]], 2, scores=scores)
     assert losses.sequence_balance(routing).item() == pytest.approx(1)
     scores = torch.tensor([[[0.6, 0.2], [0.4, 0.1]]])  # relative: (0.75, 0.25), (0.8, 0.2)
-    assert losses.sequence_balance(routing_of([[[0], [0]]], 2, scores=scores)).item() == pytest.approx(2 * 0.775)
+    assert losses.sequence_balance(
+        routing_of([[[0], [0]]], 2, scores=scores)
+    ).item() == pytest.approx(2 * 0.775)
 
 
 def test_the_sequence_loss_takes_its_own_k_for_routers_without_one():
@@ -198,7 +226,11 @@ def test_device_balance_does_not_care_which_expert_of_a_device_works():
 def test_with_one_expert_a_device_it_is_the_balance_loss():
     routing = route(padded=True)
     for scope in ("batch", "sequence"):
-        assert torch.allclose(losses.device_balance(routing, 4, scope=scope), losses.load_balance(routing, scope=scope), rtol=1e-6)
+        assert torch.allclose(
+            losses.device_balance(routing, 4, scope=scope),
+            losses.load_balance(routing, scope=scope),
+            rtol=1e-6,
+        )
 
 
 def test_communication_balance_by_hand():
@@ -206,27 +238,49 @@ def test_communication_balance_by_hand():
     routing = routing_of([[[0, 2], [0, 1]]], 4, scores=scores)
     # visits: both tokens to device 0, one to device 1; f'' = 2/(2*2) * (2, 1) at M = 2; P' = (0.7, 0.3)
     assert losses.communication_balance(routing, 2, 2).item() == pytest.approx(1 * 0.7 + 0.5 * 0.3)
-    assert losses.communication_balance(routing, 2, 1).item() == pytest.approx(2 * (1 * 0.7 + 0.5 * 0.3))
+    assert losses.communication_balance(routing, 2, 1).item() == pytest.approx(
+        2 * (1 * 0.7 + 0.5 * 0.3)
+    )
 
 
 def test_a_token_with_two_experts_on_a_device_is_sent_there_once():
     together, apart = routing_of([[[0, 1]]], 4), routing_of([[[0, 2]]], 4)
-    assert losses.communication_balance(together, 2, 2).item() == pytest.approx(0.5)  # one of the two visits allowed
+    assert losses.communication_balance(together, 2, 2).item() == pytest.approx(
+        0.5
+    )  # one of the two visits allowed
     assert losses.communication_balance(apart, 2, 2).item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda r: losses.sequence_balance(r, top_k=5), "top_k=5 must be between 1 and n_experts=4"),
-    (lambda r: losses.device_balance(r, 3), "n_devices=3 must divide n_experts=4"),
-    (lambda r: losses.device_balance(r, 0), "n_devices=0 must be a whole number, at least 1"),
-    (lambda r: losses.device_balance(r, 2, scope="token"), "scope='token' must be one of"),
-    (lambda r: losses.communication_balance(r, 2, 3), "max_devices=3 must be between 1 and n_devices=2"),
-    (lambda r: losses.communication_balance(r, 2, 1, scope="token"), "scope='token' must be one of"),
-    (lambda r: losses.load_balance(r, share=torch.ones(3)), r"share has shape \(3,\), must be \(E,\) = \(4,\)"),
-    (lambda r: losses.load_balance(r, share=torch.ones(4), scope="sequence"), "with scope='batch'"),
-    (lambda r: losses.global_share([]), "routings must hold at least one Routing"),
-    (lambda r: losses.global_balance([]), "routings must hold at least one Routing"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda r: losses.sequence_balance(r, top_k=5),
+            "top_k=5 must be between 1 and n_experts=4",
+        ),
+        (lambda r: losses.device_balance(r, 3), "n_devices=3 must divide n_experts=4"),
+        (lambda r: losses.device_balance(r, 0), "n_devices=0 must be a whole number, at least 1"),
+        (lambda r: losses.device_balance(r, 2, scope="token"), "scope='token' must be one of"),
+        (
+            lambda r: losses.communication_balance(r, 2, 3),
+            "max_devices=3 must be between 1 and n_devices=2",
+        ),
+        (
+            lambda r: losses.communication_balance(r, 2, 1, scope="token"),
+            "scope='token' must be one of",
+        ),
+        (
+            lambda r: losses.load_balance(r, share=torch.ones(3)),
+            r"share has shape \(3,\), must be \(E,\) = \(4,\)",
+        ),
+        (
+            lambda r: losses.load_balance(r, share=torch.ones(4), scope="sequence"),
+            "with scope='batch'",
+        ),
+        (lambda r: losses.global_share([]), "routings must hold at least one Routing"),
+        (lambda r: losses.global_balance([]), "routings must hold at least one Routing"),
+    ],
+)
 def test_a_wrong_argument_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(uniform(4, 2))

@@ -26,7 +26,11 @@ def value_and_gradient(make_loss):
 def same(one, two) -> bool:
     """Equal values and gradients, and gradients that are not next to nothing."""
     value = one[0] == pytest.approx(two[0], rel=1e-12)
-    return value and torch.allclose(one[1], two[1], rtol=1e-10, atol=1e-12) and bool(one[1].abs().max() > 1e-4)
+    return (
+        value
+        and torch.allclose(one[1], two[1], rtol=1e-10, atol=1e-12)
+        and bool(one[1].abs().max() > 1e-4)
+    )
 
 
 X = randn(8, 5, 8, dtype=torch.float64)
@@ -45,7 +49,10 @@ def test_the_mean_over_equal_micro_batches_with_the_global_share_is_the_big_batc
 
 @pytest.mark.parametrize("sizes", [[8], [5, 3], [1, 6, 1]])
 def test_the_global_loss_is_the_big_batch_however_it_is_cut(sizes):
-    assert same(value_and_gradient(lambda r: losses.global_balance([r(part) for part in X.split(sizes)])), BIG)
+    assert same(
+        value_and_gradient(lambda r: losses.global_balance([r(part) for part in X.split(sizes)])),
+        BIG,
+    )
 
 
 @fast
@@ -55,7 +62,9 @@ def test_with_any_padding_the_global_loss_is_the_big_batch(seed, cuts):
     sizes = [b - a for a, b in zip([0, *sorted(cuts)], [*sorted(cuts), 8])]
     parts = list(zip(X.split(sizes), padding_mask.split(sizes)))
     big = value_and_gradient(lambda r: losses.load_balance(r(X, padding_mask)))
-    assert same(value_and_gradient(lambda r: losses.global_balance([r(*part) for part in parts])), big)
+    assert same(
+        value_and_gradient(lambda r: losses.global_balance([r(*part) for part in parts])), big
+    )
 
 
 def test_gradients_can_be_accumulated_one_micro_batch_after_the_other_once_the_share_is_known():
@@ -69,14 +78,21 @@ def test_gradients_can_be_accumulated_one_micro_batch_after_the_other_once_the_s
 
 def test_a_trainer_of_a_language_model_gets_the_big_batch_for_every_layer():
     moe = config(aux_loss_weight=0.0)
-    model = seeded(LanguageModel, LMConfig(vocab_size=16, d_model=8, n_layers=2, n_heads=2, max_seq_len=6, moe=moe)).double()
+    model = seeded(
+        LanguageModel,
+        LMConfig(vocab_size=16, d_model=8, n_layers=2, n_heads=2, max_seq_len=6, moe=moe),
+    ).double()
     tokens = torch.randint(16, (4, 6), generator=torch.Generator().manual_seed(0))
     routings = [model(part)[1] for part in tokens.split(1)]  # [micro-batch][layer]
     shares = [losses.global_share(layer) for layer in zip(*routings)]
-    cut = sum(losses.load_balance(r, share=f) for micro in routings for r, f in zip(micro, shares)) / len(routings)
+    cut = sum(
+        losses.load_balance(r, share=f) for micro in routings for r, f in zip(micro, shares)
+    ) / len(routings)
     whole = sum(losses.load_balance(r) for r in model(tokens)[1])
     assert cut.item() == pytest.approx(whole.item(), rel=1e-12)
-    parameters = [block.feed_forward.router.weight for block in model.blocks] + [model.embedding.weight]
+    parameters = [block.feed_forward.router.weight for block in model.blocks] + [
+        model.embedding.weight
+    ]
     for a, b in zip(torch.autograd.grad(cut, parameters), torch.autograd.grad(whole, parameters)):
         assert torch.allclose(a, b, rtol=1e-8, atol=1e-12) and b.abs().max() > 0
 

@@ -13,13 +13,17 @@ OVER, PAD, NOT = DropReason.OVER_CAPACITY, DropReason.PADDING, DropReason.NOT_SE
 
 
 def test_cv_squared_has_the_population_variance():
-    assert losses.cv_squared(torch.tensor([4.0, 2, 1, 1])).item() == pytest.approx(0.375)  # dividing by E - 1 would give 0.5
+    assert losses.cv_squared(torch.tensor([4.0, 2, 1, 1])).item() == pytest.approx(
+        0.375
+    )  # dividing by E - 1 would give 0.5
 
 
 @pytest.mark.parametrize("n_experts", [1, 2, 8])
 def test_cv_squared_is_0_when_equal_and_e_minus_1_when_one_has_all(n_experts):
     assert losses.cv_squared(torch.full((n_experts,), 3.0)) == 0
-    assert losses.cv_squared(torch.eye(n_experts)[0] * 7).item() == pytest.approx(n_experts - 1, rel=1e-6)
+    assert losses.cv_squared(torch.eye(n_experts)[0] * 7).item() == pytest.approx(
+        n_experts - 1, rel=1e-6
+    )
     assert losses.cv_squared(torch.zeros(n_experts)) == 0
 
 
@@ -32,7 +36,9 @@ def test_cv_squared_does_not_depend_on_the_unit(seed, unit):
 
 def test_importance_adds_up_weights_not_slots():
     weights = [[[0.9, 0.1], [0.6, 0.4]]]
-    routing = routing_of([[[0, 1], [0, 1]]], 2, weights=weights)  # two slots each, weights 1.5 and 0.5
+    routing = routing_of(
+        [[[0, 1], [0, 1]]], 2, weights=weights
+    )  # two slots each, weights 1.5 and 0.5
     assert losses.importance(routing).item() == pytest.approx(0.25)
     assert losses.load_balance(routing).item() == pytest.approx(1)
 
@@ -40,25 +46,45 @@ def test_importance_adds_up_weights_not_slots():
 def test_importance_counts_slots_over_capacity_but_neither_padding_nor_slots_not_asked_for():
     weights, padding_mask = [[[3.0, 1.0], [0.0, 2.0]]], torch.tensor([[True, True]])
     full = routing_of([[[0, 1], [0, 1]]], 2, weights=weights)
-    over = routing_of([[[0, 1], [0, 1]]], 2, weights=weights, reasons=[[[0, OVER], [0, OVER]]], capacity=2)
+    over = routing_of(
+        [[[0, 1], [0, 1]]], 2, weights=weights, reasons=[[[0, OVER], [0, OVER]]], capacity=2
+    )
     assert losses.importance(full) == losses.importance(over) == 0
-    unasked = routing_of([[[0, 1], [0, 1]]], 2, weights=weights, reasons=[[[0, 0], [0, NOT]]], padding_mask=padding_mask)
+    unasked = routing_of(
+        [[[0, 1], [0, 1]]],
+        2,
+        weights=weights,
+        reasons=[[[0, 0], [0, NOT]]],
+        padding_mask=padding_mask,
+    )
     assert losses.importance(unasked).item() == pytest.approx(0.25)  # 3 and 1
-    padding = routing_of([[[0, 1], [0, 1]]], 2, weights=weights, reasons=[[[0, 0], [PAD, PAD]]],
-                         padding_mask=torch.tensor([[True, False]]))
+    padding = routing_of(
+        [[[0, 1], [0, 1]]],
+        2,
+        weights=weights,
+        reasons=[[[0, 0], [PAD, PAD]]],
+        padding_mask=torch.tensor([[True, False]]),
+    )
     assert losses.importance(padding).item() == pytest.approx(0.25)
 
 
 def test_importance_has_the_gradient_of_the_formula():
     weights = torch.tensor([[[3.0], [1.0]]], dtype=torch.float64, requires_grad=True)
-    routing = routing_of([[[0], [1]]], 2, weights=weights, scores=torch.full((1, 2, 2), 0.5, dtype=torch.float64))
+    routing = routing_of(
+        [[[0], [1]]], 2, weights=weights, scores=torch.full((1, 2, 2), 0.5, dtype=torch.float64)
+    )
     losses.importance(routing).backward()
     # ((a - b) / (a + b))^2 at a = 3, b = 1: d/da = 2 (a - b) 2 b / (a + b)^3 = 1/8, d/db = -3/8
     assert weights.grad.flatten().tolist() == pytest.approx([1 / 8, -3 / 8], rel=1e-6)
 
 
 def test_load_is_the_spread_of_the_expected_counts_of_real_tokens():
-    routing = routing_of([[[0], [0], [0]]], 2, reasons=[[[0], [0], [PAD]]], padding_mask=torch.tensor([[True, True, False]]))
+    routing = routing_of(
+        [[[0], [0], [0]]],
+        2,
+        reasons=[[[0], [0], [PAD]]],
+        padding_mask=torch.tensor([[True, True, False]]),
+    )
     probability = torch.tensor([[[0.9, 0.1], [0.6, 0.4], [0.0, 1.0]]])
     assert losses.load(routing, probability).item() == pytest.approx(0.25)
 
@@ -95,7 +121,10 @@ def test_l1_is_the_plain_one_when_the_load_is_even_and_the_expansion_met():
 
 def test_l1_pushes_every_weight_down_by_the_load_of_its_expert():
     weights = torch.tensor([[[0.5, 0.2], [0.1, 7.0]]], requires_grad=True)
-    losses.l1(routing_of([[[0, 1], [0, 1]]], 2, weights=weights, reasons=[[[0, 0], [0, NOT]]]), expansion=1).backward()
+    losses.l1(
+        routing_of([[[0, 1], [0, 1]]], 2, weights=weights, reasons=[[[0, 0], [0, NOT]]]),
+        expansion=1,
+    ).backward()
     assert weights.grad.tolist() == [[[1.0, 0.5], [1.0, 0.0]]]  # f_e / T
 
 

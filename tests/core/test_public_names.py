@@ -16,23 +16,49 @@ from .helpers import randn
 def test_the_router_and_the_experts_are_called_like_this():
     x = randn(1, 2, 2048)
     with torch.device("meta"):  # 400 million parameters that nobody needs to draw
-        router  = TopKRouter(d_model=2048, n_experts=8, top_k=2, capacity_factor=1.25, aux_loss_weight=0.01, jitter_noise=0.0)  # noqa: E221
-        experts = Experts(d_model=2048, d_ff=8192, n_experts=8, activation="silu", glu=True, drop_path=0.0, ep_size=1)
+        router = TopKRouter(
+            d_model=2048,
+            n_experts=8,
+            top_k=2,
+            capacity_factor=1.25,
+            aux_loss_weight=0.01,
+            jitter_noise=0.0,
+        )
+        experts = Experts(
+            d_model=2048,
+            d_ff=8192,
+            n_experts=8,
+            activation="silu",
+            glu=True,
+            drop_path=0.0,
+            ep_size=1,
+        )
     router, experts = router.to_empty(device="cpu"), experts.to_empty(device="cpu")
     router.reset_parameters()
-    routing = router(x)                       # .expert_indices .expert_weights .capacity_mask .aux_loss
-    y = experts(x, routing)                   # (B, N, D)
-    assert routing.expert_indices.shape == routing.expert_weights.shape == routing.capacity_mask.shape == (1, 2, 2)
+    routing = router(x)  # .expert_indices .expert_weights .capacity_mask .aux_loss
+    y = experts(x, routing)  # (B, N, D)
+    assert (
+        routing.expert_indices.shape
+        == routing.expert_weights.shape
+        == routing.capacity_mask.shape
+        == (1, 2, 2)
+    )
     assert routing.aux_loss.shape == () and y.shape == (1, 2, 2048)
 
 
 def test_the_layer_is_called_like_this():
-    config = MoEConfig(d_model=512, d_ff=2048, n_experts=8, top_k=2, capacity_factor=1.25, router="topk")   # validated, serialisable
-    moe = MixtureOfExperts(config)            # moe.router, moe.experts, moe.shared_experts
+    config = MoEConfig(
+        d_model=512, d_ff=2048, n_experts=8, top_k=2, capacity_factor=1.25, router="topk"
+    )  # validated, serialisable
+    moe = MixtureOfExperts(config)  # moe.router, moe.experts, moe.shared_experts
     x = randn(1, 3, 512)
     y, routing = moe(x)
     assert y.shape == x.shape and isinstance(routing, Routing)
-    assert isinstance(moe.router, TopKRouter) and isinstance(moe.experts, Experts) and moe.shared_experts is None
+    assert (
+        isinstance(moe.router, TopKRouter)
+        and isinstance(moe.experts, Experts)
+        and moe.shared_experts is None
+    )
 
 
 def test_every_public_name_exists_and_is_documented():
@@ -45,16 +71,33 @@ def test_every_public_function_and_class_of_every_module_is_documented():
     for path in Path(moe_core.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf8"))):
             private = isinstance(node, ast.ClassDef) and node.name.startswith("_")
-            inside = node.body if isinstance(node, (ast.Module, ast.ClassDef)) and not private else []
+            inside = (
+                node.body if isinstance(node, (ast.Module, ast.ClassDef)) and not private else []
+            )
             for item in inside:
-                if isinstance(item, (ast.FunctionDef, ast.ClassDef)) and not item.name.startswith("_") and not ast.get_docstring(item):
+                if (
+                    isinstance(item, (ast.FunctionDef, ast.ClassDef))
+                    and not item.name.startswith("_")
+                    and not ast.get_docstring(item)
+                ):
                     missing.append(f"{path.name}: {item.name}")
     assert missing == []
 
 
 def test_importing_the_core_imports_nothing_that_draws_or_downloads():
-    heavy = "plotly", "ipywidgets", "anywidget", "transformers", "datasets", "matplotlib", "pandas", "moe_book"
+    heavy = (
+        "plotly",
+        "ipywidgets",
+        "anywidget",
+        "transformers",
+        "datasets",
+        "matplotlib",
+        "pandas",
+        "moe_book",
+    )
     code = f"import sys, moe_core; print([name for name in {heavy} if name in sys.modules])"
     root = Path(moe_core.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -4,8 +4,13 @@ import pytest
 import torch
 
 from moe_core import TopKRouter, losses
-from moe_core._ranks import mean_over_ranks, n_ranks, sum_over_ranks
-from moe_core.routers import LossFreeRouter, QuantileBalancingRouter, ReLURouter, ZeroComputationRouter
+from moe_core.ranks import mean_over_ranks, n_ranks, sum_over_ranks
+from moe_core.routers import (
+    LossFreeRouter,
+    QuantileBalancingRouter,
+    ReLURouter,
+    ZeroComputationRouter,
+)
 from tests.gang import Gang
 
 from .helpers import randn, seeded
@@ -13,7 +18,9 @@ from .helpers import randn, seeded
 BIG = 2**53 + 1  # not a float64
 X = randn(4, 6, 8, dtype=torch.float64)
 LOPSIDED = torch.cat([X[:2], -3 * X[2:].abs()])  # what rank 1 has is far from what rank 0 has
-UNEVEN = torch.arange(6) < torch.tensor([6, 4, 1, 0]).view(4, 1)  # 10 real tokens on rank 0, 1 on rank 1
+UNEVEN = torch.arange(6) < torch.tensor([6, 4, 1, 0]).view(
+    4, 1
+)  # 10 real tokens on rank 0, 1 on rank 1
 
 
 def balance(loss_of):
@@ -41,7 +48,9 @@ def bias(steps, rule):
 STATEFUL = {
     "relu": lambda: ReLURouter(8, 4, 2.0, l1_weight=0.1),
     "quantile_balancing": lambda: QuantileBalancingRouter(8, 4, 2, ema_decay=0.5),
-    "zero_computation": lambda: ZeroComputationRouter(8, 4, 2, bias_update_rate=0.1, mean_ffn_experts=1.0),
+    "zero_computation": lambda: ZeroComputationRouter(
+        8, 4, 2, bias_update_rate=0.1, mean_ffn_experts=1.0
+    ),
 }
 
 
@@ -59,9 +68,16 @@ def work(rank, _):
     x, padding_mask = X[mine], UNEVEN[mine]
     count, value = torch.tensor([BIG, rank]), torch.tensor([1.0, rank])
     out = {
-        "n_ranks": n_ranks(), "sum": sum_over_ranks(count), "mean": mean_over_ranks(value), "untouched": (count, value),
+        "n_ranks": n_ranks(),
+        "sum": sum_over_ranks(count),
+        "mean": mean_over_ranks(value),
+        "untouched": (count, value),
         "even": balance(lambda r: with_share(r, x.split(1))),
-        "global": balance(lambda r: losses.global_balance([r(*part) for part in zip(x.split(1), padding_mask.split(1))])),
+        "global": balance(
+            lambda r: losses.global_balance(
+                [r(*part) for part in zip(x.split(1), padding_mask.split(1))]
+            )
+        ),
     }
     for rule in ("sign", "proportional"):
         out[rule] = bias([[(x[:1], padding_mask[:1]), (x[1:], padding_mask[1:])]] * 3, rule)
@@ -86,14 +102,20 @@ def test_sums_and_means_are_over_all_ranks_and_exact_for_integers(ranks):
 def test_the_mean_over_ranks_with_the_global_share_is_the_big_batch(ranks):
     value, gradient = balance(lambda r: losses.load_balance(r(X)))
     assert torch.allclose(sum(out["even"][0] for out in ranks) / 2, value, rtol=1e-12)
-    assert torch.allclose(sum(out["even"][1] for out in ranks) / 2, gradient, rtol=1e-10, atol=1e-14)
+    assert torch.allclose(
+        sum(out["even"][1] for out in ranks) / 2, gradient, rtol=1e-10, atol=1e-14
+    )
 
 
 def test_the_mean_over_ranks_of_the_global_loss_is_the_big_batch_with_any_padding(ranks):
     value, gradient = balance(lambda r: losses.load_balance(r(X, UNEVEN)))
     assert torch.allclose(sum(out["global"][0] for out in ranks) / 2, value, rtol=1e-12)
-    assert torch.allclose(sum(out["global"][1] for out in ranks) / 2, gradient, rtol=1e-10, atol=1e-14)
-    assert not torch.allclose(ranks[0]["global"][0], ranks[1]["global"][0], rtol=1e-3)  # each has its part
+    assert torch.allclose(
+        sum(out["global"][1] for out in ranks) / 2, gradient, rtol=1e-10, atol=1e-14
+    )
+    assert not torch.allclose(
+        ranks[0]["global"][0], ranks[1]["global"][0], rtol=1e-3
+    )  # each has its part
 
 
 @pytest.mark.parametrize("rule", ["sign", "proportional"])
@@ -114,7 +136,9 @@ def test_a_rank_without_any_micro_batch_follows_the_others(ranks, rule):
 @pytest.mark.parametrize("name", STATEFUL)
 def test_what_a_router_learns_outside_the_gradient_is_the_same_on_all_ranks(ranks, name):
     first, second = (out[name] for out in ranks)
-    alone = [state_after(name, [(LOPSIDED[part], UNEVEN[part])]) for part in (slice(0, 2), slice(2, 4))]
+    alone = [
+        state_after(name, [(LOPSIDED[part], UNEVEN[part])]) for part in (slice(0, 2), slice(2, 4))
+    ]
     for key in first:
         assert torch.equal(first[key], second[key]), key
     # Each rank by itself would have learned something else, so they did listen to each other.

@@ -26,7 +26,12 @@ def test_sizes_are_read_from_the_shapes():
 
 
 def test_tokens_per_expert_counts_kept_slots_only():
-    routing = routing_of([[[0, 1], [0, 1], [0, 2]]], 4, reasons=[[[KEPT, KEPT], [KEPT, OVER], [OVER, KEPT]]], capacity=2)
+    routing = routing_of(
+        [[[0, 1], [0, 1], [0, 2]]],
+        4,
+        reasons=[[[KEPT, KEPT], [KEPT, OVER], [OVER, KEPT]]],
+        capacity=2,
+    )
     assert routing.tokens_per_expert.tolist() == [2, 1, 1, 0]
     assert routing.tokens_per_expert.dtype == torch.int64
 
@@ -34,25 +39,43 @@ def test_tokens_per_expert_counts_kept_slots_only():
 def test_drop_rate_is_the_share_of_selected_slots_without_room():
     padding_mask = torch.tensor([[True, True, False]])
     reasons = [[[KEPT, KEPT], [KEPT, OVER], [PAD, PAD]]]
-    routing = routing_of([[[0, 1], [0, 1], [0, 1]]], 2, reasons=reasons, padding_mask=padding_mask, capacity=2)
+    routing = routing_of(
+        [[[0, 1], [0, 1], [0, 1]]], 2, reasons=reasons, padding_mask=padding_mask, capacity=2
+    )
     assert routing.drop_rate == 1 / 4
 
 
 def test_drop_rate_is_zero_when_nothing_was_selected():
-    nothing = routing_of(torch.zeros(1, 2, 1), 2, reasons=[[[PAD], [PAD]]], padding_mask=torch.tensor([[False, False]]))
+    nothing = routing_of(
+        torch.zeros(1, 2, 1),
+        2,
+        reasons=[[[PAD], [PAD]]],
+        padding_mask=torch.tensor([[False, False]]),
+    )
     assert nothing.drop_rate == 0
 
 
 def test_selected_slots_are_the_kept_ones_and_those_without_room():
-    routing = routing_of([[[0], [0], [0]]], 2, reasons=[[[KEPT], [OVER], [PAD]]], capacity=1,
-                         padding_mask=torch.tensor([[True, True, False]]))
+    routing = routing_of(
+        [[[0], [0], [0]]],
+        2,
+        reasons=[[[KEPT], [OVER], [PAD]]],
+        capacity=1,
+        padding_mask=torch.tensor([[True, True, False]]),
+    )
     assert routing.selected_mask.flatten().tolist() == [True, True, False]
 
 
 def test_slot_share_counts_slots_before_capacity_and_without_padding():
     padding_mask = torch.tensor([[True, True, True], [True, False, False]])
     reasons = [[[KEPT], [OVER], [KEPT]], [[KEPT], [PAD], [PAD]]]
-    routing = routing_of([[[0], [0], [1]], [[1], [0], [0]]], 2, reasons=reasons, padding_mask=padding_mask, capacity=2)
+    routing = routing_of(
+        [[[0], [0], [1]], [[1], [0], [0]]],
+        2,
+        reasons=reasons,
+        padding_mask=padding_mask,
+        capacity=2,
+    )
     assert routing.slot_share().tolist() == [0.5, 0.5]
     assert torch.allclose(routing.slot_share("sequence"), torch.tensor([[2 / 3, 1 / 3], [0, 1]]))
 
@@ -60,7 +83,13 @@ def test_slot_share_counts_slots_before_capacity_and_without_padding():
 def test_mean_score_is_over_real_tokens():
     scores = [[[1.0, 0.0], [0.5, 0.5]], [[0.0, 1.0], [0.9, 0.1]]]
     padding_mask = torch.tensor([[True, True], [True, False]])
-    routing = routing_of(torch.zeros(2, 2, 1), 2, scores=scores, reasons=[[[0], [0]], [[0], [PAD]]], padding_mask=padding_mask)
+    routing = routing_of(
+        torch.zeros(2, 2, 1),
+        2,
+        scores=scores,
+        reasons=[[[0], [0]], [[0], [PAD]]],
+        padding_mask=padding_mask,
+    )
     assert torch.allclose(routing.mean_score(), torch.tensor([0.5, 0.5]))
     assert torch.allclose(routing.mean_score("sequence"), torch.tensor([[0.75, 0.25], [0.0, 1.0]]))
 
@@ -96,29 +125,73 @@ def changed(tensor, index, value):
 
 FIRST = (0, 0, 0)
 TAMPERINGS = {
-    "float indices": ("expert_indices has dtype", lambda r: {"expert_indices": r.expert_indices.int()}),
-    "an index too large": (r"must lie in \[0, 4\)", lambda r: {"expert_indices": changed(r.expert_indices, FIRST, 4)}),
-    "a negative index": (r"must lie in \[0, 4\)", lambda r: {"expert_indices": changed(r.expert_indices, FIRST, -1)}),
-    "an expert twice": ("chosen twice", lambda r: {"expert_indices": changed(r.expert_indices, FIRST, r.expert_indices[0, 0, 1])}),
-    "bfloat16 weights": ("expert_weights has dtype", lambda r: {"expert_weights": r.expert_weights.bfloat16()}),
-    "a weight too few": ("expert_weights has shape", lambda r: {"expert_weights": r.expert_weights[..., :1]}),
-    "a NaN weight": ("expert_weights holds NaN", lambda r: {"expert_weights": changed(r.expert_weights, FIRST, torch.nan)}),
-    "weights off the sum": ("must sum to 1", lambda r: {"expert_weights": r.expert_weights * 1.001}),
-    "an integer mask": ("capacity_mask has dtype", lambda r: {"capacity_mask": r.capacity_mask.long()}),
-    "a mask of another shape": ("capacity_mask has shape", lambda r: {"capacity_mask": r.capacity_mask[:1]}),
+    "float indices": (
+        "expert_indices has dtype",
+        lambda r: {"expert_indices": r.expert_indices.int()},
+    ),
+    "an index too large": (
+        r"must lie in \[0, 4\)",
+        lambda r: {"expert_indices": changed(r.expert_indices, FIRST, 4)},
+    ),
+    "a negative index": (
+        r"must lie in \[0, 4\)",
+        lambda r: {"expert_indices": changed(r.expert_indices, FIRST, -1)},
+    ),
+    "an expert twice": (
+        "chosen twice",
+        lambda r: {"expert_indices": changed(r.expert_indices, FIRST, r.expert_indices[0, 0, 1])},
+    ),
+    "bfloat16 weights": (
+        "expert_weights has dtype",
+        lambda r: {"expert_weights": r.expert_weights.bfloat16()},
+    ),
+    "a weight too few": (
+        "expert_weights has shape",
+        lambda r: {"expert_weights": r.expert_weights[..., :1]},
+    ),
+    "a NaN weight": (
+        "expert_weights holds NaN",
+        lambda r: {"expert_weights": changed(r.expert_weights, FIRST, torch.nan)},
+    ),
+    "weights off the sum": (
+        "must sum to 1",
+        lambda r: {"expert_weights": r.expert_weights * 1.001},
+    ),
+    "an integer mask": (
+        "capacity_mask has dtype",
+        lambda r: {"capacity_mask": r.capacity_mask.long()},
+    ),
+    "a mask of another shape": (
+        "capacity_mask has shape",
+        lambda r: {"capacity_mask": r.capacity_mask[:1]},
+    ),
     "a slot let in": ("disagree", lambda r: {"capacity_mask": torch.ones_like(r.capacity_mask)}),
     "wide reasons": ("drop_reason has dtype", lambda r: {"drop_reason": r.drop_reason.long()}),
     "another reason": ("disagree", lambda r: {"drop_reason": torch.zeros_like(r.drop_reason)}),
-    "padding selected": ("padding token", lambda r: {"drop_reason": changed(r.drop_reason, (1, 2, 0), OVER)}),
-    "an unknown reason": ("no DropReason", lambda r: {"drop_reason": torch.where(r.capacity_mask, r.drop_reason, 77)}),
-    "padding on a real token": ("real token has the reason PADDING",
-                                lambda r: {"drop_reason": torch.where(r.capacity_mask, r.drop_reason, PAD)}),
+    "padding selected": (
+        "padding token",
+        lambda r: {"drop_reason": changed(r.drop_reason, (1, 2, 0), OVER)},
+    ),
+    "an unknown reason": (
+        "no DropReason",
+        lambda r: {"drop_reason": torch.where(r.capacity_mask, r.drop_reason, 77)},
+    ),
+    "padding on a real token": (
+        "real token has the reason PADDING",
+        lambda r: {"drop_reason": torch.where(r.capacity_mask, r.drop_reason, PAD)},
+    ),
     "over capacity without a capacity": ("capacity is None", lambda r: {"capacity": None}),
-    "a padding mask of another shape": ("padding_mask must be", lambda r: {"padding_mask": torch.ones(3, 2, dtype=torch.bool)}),
+    "a padding mask of another shape": (
+        "padding_mask must be",
+        lambda r: {"padding_mask": torch.ones(3, 2, dtype=torch.bool)},
+    ),
     "a float padding mask": ("padding_mask must be", lambda r: {"padding_mask": torch.ones(2, 3)}),
     "bfloat16 logits": ("logits has dtype", lambda r: {"logits": r.logits.bfloat16()}),
     "logits of too few experts": ("logits has shape", lambda r: {"logits": r.logits[..., :3]}),
-    "infinite logits": ("logits holds NaN or infinity", lambda r: {"logits": changed(r.logits, FIRST, -torch.inf)}),
+    "infinite logits": (
+        "logits holds NaN or infinity",
+        lambda r: {"logits": changed(r.logits, FIRST, -torch.inf)},
+    ),
     "half scores": ("scores has dtype", lambda r: {"scores": r.scores.half()}),
     "a NaN score": ("scores holds NaN", lambda r: {"scores": changed(r.scores, FIRST, torch.nan)}),
     "scores of fewer tokens": ("scores has shape", lambda r: {"scores": r.scores[:, :2]}),

@@ -35,11 +35,21 @@ def by_hand(moe, x, padding_mask=None):
 
 
 @fast
-@given(st.integers(0, 3), st.integers(0, 5), st.integers(1, 4), st.integers(1, 3), st.integers(0, 99), st.booleans())
+@given(
+    st.integers(0, 3),
+    st.integers(0, 5),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(0, 99),
+    st.booleans(),
+)
 def test_soft_moe_equals_its_formula(B, N, E, S, seed, padded):
     moe = seeded(SoftMoE, 4, 6, E, slots_per_expert=S, seed=seed).double()
     moe.scale.data.fill_(3.0)
-    x, padding_mask = randn(B, N, 4, seed=seed, dtype=torch.float64), mask(B, N, seed=seed) if padded else None
+    x, padding_mask = (
+        randn(B, N, 4, seed=seed, dtype=torch.float64),
+        mask(B, N, seed=seed) if padded else None,
+    )
     assert torch.allclose(moe(x, padding_mask), by_hand(moe, x, padding_mask), atol=1e-12, rtol=0)
 
 
@@ -49,7 +59,9 @@ def test_dispatch_sums_to_one_over_real_tokens_and_combine_over_slots(B, N, seed
     moe, padding_mask = soft(slots_per_expert=2), mask(B, N, seed=seed)
     moe.scale.data.fill_(scale)
     dispatch, combine = moe.mixing_weights(randn(B, N, 8, seed=seed), padding_mask)
-    assert torch.allclose(dispatch.sum(1), padding_mask.any(-1, keepdim=True).float().expand(B, 6), atol=1e-5)
+    assert torch.allclose(
+        dispatch.sum(1), padding_mask.any(-1, keepdim=True).float().expand(B, 6), atol=1e-5
+    )
     assert torch.allclose(combine.sum(-1), padding_mask.float(), atol=1e-5)
     assert (dispatch[~padding_mask] == 0).all() and (combine[~padding_mask] == 0).all()
 
@@ -62,7 +74,9 @@ def test_a_tokens_length_does_not_change_its_weights():
 
 def test_one_slot_gives_every_token_the_same_output():
     y = soft(n_experts=1)(randn(2, 5, 8))
-    assert torch.allclose(y, y[:, :1].expand_as(y), atol=1e-6) and not torch.allclose(y[0, 0], y[1, 0], atol=1e-3)
+    assert torch.allclose(y, y[:, :1].expand_as(y), atol=1e-6) and not torch.allclose(
+        y[0, 0], y[1, 0], atol=1e-3
+    )
 
 
 def test_it_is_not_causal_but_a_sequence_sees_only_itself():
@@ -84,7 +98,11 @@ def test_padding_gets_exactly_zero_and_changes_nothing():
     padding_mask = torch.tensor([[True, True, False, True, False], [False] * 5])
     y = moe(x, padding_mask)
     y.sum().backward()
-    assert (y[~padding_mask] == 0).all() and (x.grad[~padding_mask] == 0).all() and x.grad.isfinite().all()
+    assert (
+        (y[~padding_mask] == 0).all()
+        and (x.grad[~padding_mask] == 0).all()
+        and x.grad.isfinite().all()
+    )
     assert torch.allclose(y[0, padding_mask[0]], moe(x[:1, [0, 1, 3]])[0], atol=1e-6)
 
 
@@ -100,8 +118,10 @@ def test_a_token_of_zeros_is_allowed():
 def test_gradients_are_right_in_float64():
     moe = soft(d_model=3, d_ff=2, n_experts=2, backend="loop").double()
     names, parameters = zip(*moe.named_parameters())
-    run = lambda x, *values: torch.func.functional_call(moe, dict(zip(names, values)), (x,))  # noqa: E731
-    assert torch.autograd.gradcheck(run, (randn(1, 3, 3, dtype=torch.float64).requires_grad_(), *parameters))
+    run = lambda x, *values: torch.func.functional_call(moe, dict(zip(names, values)), (x,))
+    assert torch.autograd.gradcheck(
+        run, (randn(1, 3, 3, dtype=torch.float64).requires_grad_(), *parameters)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -109,7 +129,9 @@ def test_the_output_has_the_inputs_dtype_and_every_parameter_a_gradient(dtype):
     moe, x = soft(slots_per_expert=2).to(dtype), randn(2, 5, 8, dtype=dtype)
     y = moe(x)
     y.float().square().sum().backward()
-    assert y.dtype == dtype and moe.mixing_weights(x)[0].dtype == torch.promote_types(dtype, torch.float32)
+    assert y.dtype == dtype and moe.mixing_weights(x)[0].dtype == torch.promote_types(
+        dtype, torch.float32
+    )
     for name, parameter in moe.named_parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.abs().sum() > 0, name
     assert torch.allclose(y.double(), soft(slots_per_expert=2).double()(x.double()), atol=0.02)
@@ -141,14 +163,20 @@ def test_it_never_waits_for_a_tensors_value():
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: soft(slots_per_expert=0), "slots_per_expert=0 must be a whole number, at least 1"),
-    (lambda: soft(n_experts=0), "n_experts=0 must be a whole number"),
-    (lambda: soft(activation="swish"), "activation='swish' must be one of"),
-    (lambda: soft()(randn(2, 3, 7)), r"x has shape \(2, 3, 7\), must be \(B, N, d_model=8\)"),
-    (lambda: soft()(randn(2, 3, 8), torch.ones(2, 3)), "padding_mask must be bool of shape"),
-    (lambda: soft()(randn(2, 3, 8), torch.ones(3, 2, dtype=torch.bool)), "padding_mask must be bool of shape"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: soft(slots_per_expert=0), "slots_per_expert=0 must be a whole number, at least 1"),
+        (lambda: soft(n_experts=0), "n_experts=0 must be a whole number"),
+        (lambda: soft(activation="swish"), "activation='swish' must be one of"),
+        (lambda: soft()(randn(2, 3, 7)), r"x has shape \(2, 3, 7\), must be \(B, N, d_model=8\)"),
+        (lambda: soft()(randn(2, 3, 8), torch.ones(2, 3)), "padding_mask must be bool of shape"),
+        (
+            lambda: soft()(randn(2, 3, 8), torch.ones(3, 2, dtype=torch.bool)),
+            "padding_mask must be bool of shape",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -26,7 +26,10 @@ def test_softmax_topk_renormalise_equals_topk_softmax(case):
     routing = case.router(norm_topk_prob=True)(case.x())
     chosen = routing.logits.gather(-1, routing.expert_indices)
     assert torch.allclose(routing.expert_weights, chosen.softmax(-1), atol=1e-6, rtol=1e-6)
-    assert torch.equal(chosen.sort(-1, descending=True).values, routing.logits.topk(case.K).values) or case.scale == 1e4
+    assert (
+        torch.equal(chosen.sort(-1, descending=True).values, routing.logits.topk(case.K).values)
+        or case.scale == 1e4
+    )
 
 
 def test_logits_are_the_linear_map_of_the_formula():
@@ -57,7 +60,9 @@ def test_tied_logits_still_give_k_different_experts_with_equal_weights():
     torch.nn.init.zeros_(r.weight)
     routing = r(randn(2, 5, 8)).check()
     assert torch.allclose(routing.expert_weights, torch.tensor(1 / 3))
-    assert torch.equal(routing.expert_indices, r(randn(2, 5, 8)).expert_indices)  # and the same ones again: recomputation agrees
+    assert torch.equal(
+        routing.expert_indices, r(randn(2, 5, 8)).expert_indices
+    )  # and the same ones again: recomputation agrees
 
 
 @pytest.mark.parametrize("size", [1e4, -1e4])
@@ -84,7 +89,9 @@ def test_top_1_renormalised_gives_the_router_no_gradient_but_rounding():
 def test_top_1_not_renormalised_gives_the_router_a_gradient():
     r = router(top_k=1, norm_topk_prob=False)
     (r(randn(2, 3, 8)).expert_weights * randn(2, 3, 1, seed=1)).sum().backward()
-    assert (r.weight.grad.abs().sum(-1) > 1e-4).all()  # every expert: the softmax runs over all of them
+    assert (
+        r.weight.grad.abs().sum(-1) > 1e-4
+    ).all()  # every expert: the softmax runs over all of them
 
 
 def test_losses_reach_the_router_and_carry_their_coefficient():
@@ -108,7 +115,13 @@ def test_routing_is_float32_when_the_model_is_bfloat16():
     r, x = router(aux_loss_weight=0.01).bfloat16(), randn(4, 8, 8, dtype=torch.bfloat16)
     routing = r(x).check()
     exact = x.float() @ r.weight.float().T
-    assert routing.logits.dtype == routing.scores.dtype == routing.expert_weights.dtype == routing.aux_loss.dtype == torch.float32
+    assert (
+        routing.logits.dtype
+        == routing.scores.dtype
+        == routing.expert_weights.dtype
+        == routing.aux_loss.dtype
+        == torch.float32
+    )
     assert torch.equal(routing.logits, exact)
 
 
@@ -188,7 +201,10 @@ def test_a_batch_of_padding_only_has_zero_losses_and_finite_gradients():
     assert routing.aux_loss == 0 and (r.weight.grad == 0).all()
 
 
-@pytest.mark.parametrize("padding_mask", [torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 3), torch.ones(6, dtype=torch.bool)])
+@pytest.mark.parametrize(
+    "padding_mask",
+    [torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 3), torch.ones(6, dtype=torch.bool)],
+)
 def test_a_padding_mask_of_another_shape_or_type_is_refused(padding_mask):
     with pytest.raises(ValueError, match=r"padding_mask must be bool of shape \(2, 3\)"):
         router()(randn(2, 3, 8), padding_mask)
@@ -219,7 +235,10 @@ def test_a_token_routed_alone_goes_where_it_goes_in_the_batch(case):
     for b in range(case.B):
         for n in range(case.N):
             alone = r(case.x()[b : b + 1, n : n + 1])
-            assert torch.allclose(alone.scores[0, 0], together.scores[b, n], atol=1e-6) or case.scale == 1e4
+            assert (
+                torch.allclose(alone.scores[0, 0], together.scores[b, n], atol=1e-6)
+                or case.scale == 1e4
+            )
             if case.scale == 1.0:
                 assert torch.equal(alone.expert_indices[0, 0], together.expert_indices[b, n])
 

@@ -17,12 +17,16 @@ def dispatch_in_plain_python(x_TD, e_TK, E):
 
 def combine_by_index_add(out_AD, slot_A, w_TK):
     weighted = out_AD * w_TK.reshape(-1)[slot_A].unsqueeze(-1)
-    return out_AD.new_zeros(len(w_TK), out_AD.shape[-1]).index_add(0, slot_A // w_TK.shape[1], weighted)
+    return out_AD.new_zeros(len(w_TK), out_AD.shape[-1]).index_add(
+        0, slot_A // w_TK.shape[1], weighted
+    )
 
 
 def combine_by_a_matrix(out_AD, slot_A, w_TK):
     T, K = w_TK.shape
-    return (F.one_hot(slot_A, T * K).to(w_TK.dtype).T * w_TK.reshape(-1, 1)).view(T, K, -1).sum(1) @ out_AD
+    return (F.one_hot(slot_A, T * K).to(w_TK.dtype).T * w_TK.reshape(-1, 1)).view(T, K, -1).sum(
+        1
+    ) @ out_AD
 
 
 def layer_with_every_expert_on_every_token(x_TD, router_ED, gate_up_EHD, down_EDF, K):

@@ -3,13 +3,22 @@
 import math
 
 import torch
+
 from moe_book.checks import check, exercises
 from moe_core import LanguageModel, LMConfig, MoEConfig
 
 
 def _model(D, F, E, K, L, V):
     with torch.device("meta"):
-        return LanguageModel(LMConfig(vocab_size=V, d_model=D, n_layers=L, n_heads=4, moe=MoEConfig(d_model=D, d_ff=F, n_experts=E, top_k=K)))
+        return LanguageModel(
+            LMConfig(
+                vocab_size=V,
+                d_model=D,
+                n_layers=L,
+                n_heads=4,
+                moe=MoEConfig(d_model=D, d_ff=F, n_experts=E, top_k=K),
+            )
+        )
 
 
 def active_from_the_model(D, F, E, K, L, V):
@@ -33,7 +42,13 @@ def twin_by_adding(F, K, n_shared):
 
 
 def flops_by_parts(D, N, F, E, K, L, V):
-    projections, scores, experts, router, combine = 8 * D**2, 4 * N * D, 6 * D * F * K, 2 * D * E, 2 * K * D
+    projections, scores, experts, router, combine = (
+        8 * D**2,
+        4 * N * D,
+        6 * D * F * K,
+        2 * D * E,
+        2 * K * D,
+    )
     return L * (projections + scores + experts + router + combine) + 2 * V * D
 
 

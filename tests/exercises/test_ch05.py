@@ -1,6 +1,7 @@
 """Chapter 5: right answers that differ from the checker's own."""
 
 import torch
+
 from moe_core import TopKRouter, losses
 
 
@@ -42,7 +43,9 @@ def model_of_the_package(layers, real_T):
         E = h_TE.shape[1]
         router = TopKRouter(E, E, 1)
         router.weight.data = torch.eye(E)
-        values.append(losses.load_balance(router(h_TE.unsqueeze(0), padding_mask=real_T.unsqueeze(0))))
+        values.append(
+            losses.load_balance(router(h_TE.unsqueeze(0), padding_mask=real_T.unsqueeze(0)))
+        )
     return sum(values) / len(values)
 
 

@@ -28,12 +28,16 @@ def first_come_by_comparing_all(wants_T, E, C):
 
 
 def best_first_by_counting(wants_T, logit_T, E, C):
-    better_TT = (wants_T.unsqueeze(0) == wants_T.unsqueeze(1)) & (logit_T.unsqueeze(0) > logit_T.unsqueeze(1))
+    better_TT = (wants_T.unsqueeze(0) == wants_T.unsqueeze(1)) & (
+        logit_T.unsqueeze(0) > logit_T.unsqueeze(1)
+    )
     return better_TT.sum(1) < C
 
 
 def best_first_in_a_table(wants_T, logit_T, E, C):
-    table_TE = torch.full((len(wants_T), E), -torch.inf).scatter(1, wants_T.unsqueeze(1), logit_T.unsqueeze(1))
+    table_TE = torch.full((len(wants_T), E), -torch.inf).scatter(
+        1, wants_T.unsqueeze(1), logit_T.unsqueeze(1)
+    )
     rank_TE = table_TE.argsort(0, descending=True).argsort(0)
     return (rank_TE.gather(1, wants_T.unsqueeze(1)).squeeze(1) < C).int()
 
@@ -55,7 +59,10 @@ RIGHT = {
     "6.1": [places_by_negating_the_floor, places_in_fractions],
     "6.2": [first_come_in_a_loop, first_come_by_comparing_all],
     "6.3": [best_first_by_counting, best_first_in_a_table],
-    "6.4": [lambda load_E: (load_E / load_E.float().mean()).max(), lambda load_E: float(max(load_E)) / (sum(load_E.tolist()) / len(load_E))],
+    "6.4": [
+        lambda load_E: (load_E / load_E.float().mean()).max(),
+        lambda load_E: float(max(load_E)) / (sum(load_E.tolist()) / len(load_E)),
+    ],
     "6.5": [block_slot_by_slot, block_by_einsum],
     "6.6": ["FTFTFT", "ftftft "],
 }

@@ -49,7 +49,9 @@ def violations_in_plain_python(counts_SE):
 
 
 def groups_with_repeat(choice_TE, G, M, K):
-    score_TG = choice_TE.view(len(choice_TE), G, -1).sort(-1, descending=True).values[..., :2].sum(-1)
+    score_TG = (
+        choice_TE.view(len(choice_TE), G, -1).sort(-1, descending=True).values[..., :2].sum(-1)
+    )
     keep_TG = torch.zeros_like(score_TG).scatter(-1, score_TG.topk(M).indices, 1.0).bool()
     keep_TE = keep_TG.repeat_interleave(choice_TE.shape[-1] // G, dim=-1)
     return torch.where(keep_TE, choice_TE, torch.tensor(-math.inf)).topk(K).indices
@@ -59,14 +61,19 @@ def groups_in_plain_python(choice_TE, G, M, K):
     out = []
     for row in choice_TE.tolist():
         size = len(row) // G
-        groups = sorted(range(G), key=lambda g: -sum(sorted(row[g * size : (g + 1) * size])[-2:]))[:M]
+        groups = sorted(range(G), key=lambda g: -sum(sorted(row[g * size : (g + 1) * size])[-2:]))[
+            :M
+        ]
         inside = [e for e in range(len(row)) if e // size in groups]
         out.append(sorted(inside, key=lambda e: -row[e])[:K])
     return out
 
 
 def direction_by_one_hot(indices, real, E):
-    counts_E = sum((torch.nn.functional.one_hot(i, E) * r.view(-1, 1, 1)).sum((0, 1)) for i, r in zip(indices, real))
+    counts_E = sum(
+        (torch.nn.functional.one_hot(i, E) * r.view(-1, 1, 1)).sum((0, 1))
+        for i, r in zip(indices, real)
+    )
     return (counts_E.sum() - E * counts_E).sign()
 
 

@@ -6,7 +6,9 @@ import torch
 
 
 def choose_by_topk(scores_TE, c):
-    nudged_TE = scores_TE.double() - 1e-9 * torch.arange(len(scores_TE))[:, None]  # the earlier token wins a tie
+    nudged_TE = (
+        scores_TE.double() - 1e-9 * torch.arange(len(scores_TE))[:, None]
+    )  # the earlier token wins a tie
     mask_TE = torch.zeros_like(scores_TE, dtype=torch.bool)
     return mask_TE.scatter_(0, nudged_TE.topk(c, dim=0).indices, True)
 
@@ -30,7 +32,13 @@ def seers_by_tensors(route, tokens_T, t, new):
 
 
 def left_by_rows(scores_VE, a, taken_E):
-    return [all(bool(scores_VE[a, e] >= scores_VE[v, e]) == bool(taken_E[e]) for e in range(len(taken_E))) for v in range(len(scores_VE))]
+    return [
+        all(
+            bool(scores_VE[a, e] >= scores_VE[v, e]) == bool(taken_E[e])
+            for e in range(len(taken_E))
+        )
+        for v in range(len(scores_VE))
+    ]
 
 
 def left_by_counting_misfits(scores_VE, a, taken_E):

@@ -36,7 +36,12 @@ def output_masked(h_TE, c_E, f_TE):
 
 def output_by_loops(h_TE, c_E, f_TE):
     rows = zip(h_TE.tolist(), f_TE.tolist())
-    return torch.tensor([sum(f / (1 + math.exp(-h)) for h, f, c in zip(hs, fs, c_E.tolist()) if h > c) for hs, fs in rows])
+    return torch.tensor(
+        [
+            sum(f / (1 + math.exp(-h)) for h, f, c in zip(hs, fs, c_E.tolist()) if h > c)
+            for hs, fs in rows
+        ]
+    )
 
 
 def band_by_topk(h_T, c, k, C):

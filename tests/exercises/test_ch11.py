@@ -50,7 +50,9 @@ def soft_moe_by_einsum(x_ND, phi_DS, experts):
 
 def soft_moe_token_by_token(x_ND, phi_DS, experts):
     h, out = x_ND @ phi_DS, []
-    slots = [sum(w * x for w, x in zip(torch.softmax(h[:, s], 0), x_ND)) for s in range(len(experts))]
+    slots = [
+        sum(w * x for w, x in zip(torch.softmax(h[:, s], 0), x_ND)) for s in range(len(experts))
+    ]
     for n in range(len(x_ND)):
         out.append(sum(w * f(slot) for w, f, slot in zip(torch.softmax(h[n], 0), experts, slots)))
     return torch.stack(out)
@@ -60,7 +62,10 @@ RIGHT = {
     "11.1": [table_with_a_heap, table_as_a_tensor],
     "11.2": [plan_in_logarithms, plan_by_its_scales],
     "11.3": [1.2**3 / 1.2**2, torch.tensor(1.2)],
-    "11.4": [lambda K, E, Z, tau: K / (1 + Z / (tau * E)), lambda K, E, Z, tau: K - K * Z / (tau * E + Z)],
+    "11.4": [
+        lambda K, E, Z, tau: K / (1 + Z / (tau * E)),
+        lambda K, E, Z, tau: K - K * Z / (tau * E + Z),
+    ],
     "11.5": [soft_moe_by_einsum, soft_moe_token_by_token],
     "11.6": [["loss_free", "quantile_balancing"], {"quantile_balancing", "loss_free"}],
 }

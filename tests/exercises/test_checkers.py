@@ -12,7 +12,9 @@ import torch
 from moe_book import checks
 from moe_book.checks import Exercise, Idea, Verdict, check, exercises
 
-CHAPTERS = sorted(int(file.stem[2:]) for file in Path(checks.__file__).parent.glob("ch[0-9][0-9].py"))
+CHAPTERS = sorted(
+    int(file.stem[2:]) for file in Path(checks.__file__).parent.glob("ch[0-9][0-9].py")
+)
 EXERCISES = [exercise for chapter in CHAPTERS for exercise in exercises(chapter).values()]
 
 
@@ -31,7 +33,9 @@ each_exercise = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exerci
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_the_exercises_are_numbered_within_their_chapter(chapter):
-    assert list(exercises(chapter)) == [f"{chapter}.{i + 1}" for i in range(len(exercises(chapter)))]
+    assert list(exercises(chapter)) == [
+        f"{chapter}.{i + 1}" for i in range(len(exercises(chapter)))
+    ]
     assert len(exercises(chapter)) >= 4
 
 
@@ -59,7 +63,9 @@ def test_the_checkers_own_answer_is_right(exercise):
 @each_exercise
 def test_at_least_two_other_right_answers_are_accepted(exercise):
     answers = right_answers(int(exercise.number.split(".")[0])).get(exercise.number, [])
-    assert len(answers) >= 2 and answers[0] is not answers[1], f"RIGHT[{exercise.number!r}] needs two different answers"
+    assert len(answers) >= 2 and answers[0] is not answers[1], (
+        f"RIGHT[{exercise.number!r}] needs two different answers"
+    )
     for answer in answers:
         assert check(exercise.number, answer).right, (answer, check(exercise.number, answer))
 
@@ -75,8 +81,11 @@ def test_there_are_at_least_two_wrong_ideas_with_a_name_of_their_own(exercise):
     assert len(names) >= 2 and len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize(("exercise", "idea"), [(e, idea) for e in EXERCISES for idea in e.ideas],
-                         ids=[f"{e.number}-{idea.name}" for e in EXERCISES for idea in e.ideas])
+@pytest.mark.parametrize(
+    ("exercise", "idea"),
+    [(e, idea) for e in EXERCISES for idea in e.ideas],
+    ids=[f"{e.number}-{idea.name}" for e in EXERCISES for idea in e.ideas],
+)
 def test_a_wrong_idea_is_called_by_its_name(exercise, idea):
     verdict = check(exercise.number, idea.answer)
     assert (verdict.status, verdict.idea, verdict.message) == ("wrong", idea.name, idea.says)
@@ -85,7 +94,16 @@ def test_a_wrong_idea_is_called_by_its_name(exercise, idea):
 
 @each_exercise
 def test_an_answer_of_the_wrong_kind_is_wrong_and_raises_nothing(exercise):
-    for answer in ("no idea", object(), {}, [], torch.zeros(3, 1, 4, 1), float("nan"), lambda *case: {1, 2}, lambda: 0):
+    for answer in (
+        "no idea",
+        object(),
+        {},
+        [],
+        torch.zeros(3, 1, 4, 1),
+        float("nan"),
+        lambda *case: {1, 2},
+        lambda: 0,
+    ):
         assert check(exercise.number, answer).status == "wrong"
 
 
@@ -117,10 +135,18 @@ def empty(items):
 
 ADDED = Idea("added", lambda x: x + 2, "You added 2; the exercise multiplies.")
 SQUARED = Idea("squared", squared, "You squared; at 2 that looks the same.")
-DOUBLE = Exercise("1.1", doubled, (ADDED, SQUARED), "Twice, indeed.", cases=((torch.tensor([1.0, 2.0]),), (torch.tensor([3.0]),)))
+DOUBLE = Exercise(
+    "1.1",
+    doubled,
+    (ADDED, SQUARED),
+    "Twice, indeed.",
+    cases=((torch.tensor([1.0, 2.0]),), (torch.tensor([3.0]),)),
+)
 VALUE = Exercise("1.2", 0.25, (Idea("half", 0.5, "That is one half."),), "A quarter.")
 CHOICE = Exercise("1.3", ("a", "b"), (), "Both.")
-ANY_EVEN = Exercise("1.4", 2, (Idea("odd", 3, "3 is odd."),), "Even.", accepts=lambda output: output % 2 == 0)
+ANY_EVEN = Exercise(
+    "1.4", 2, (Idea("odd", 3, "3 is odd."),), "Even.", accepts=lambda output: output % 2 == 0
+)
 
 
 def test_a_right_function_is_right_and_a_known_wrong_one_is_named():
@@ -147,22 +173,51 @@ def test_an_error_in_the_answer_is_told_to_the_reader():
     verdict = DOUBLE.check(lambda x: x.no_such_thing)
     assert verdict.status == "wrong" and "raised AttributeError" in verdict.message
     assert "raised TypeError" in DOUBLE.check(lambda: 1).message
-    assert "raised RecursionError" in Exercise("1.1", 1, (), "").check(lambda: (f := lambda: f())()).message
+    assert (
+        "raised RecursionError"
+        in Exercise("1.1", 1, (), "").check(lambda: (f := lambda: f())()).message
+    )
 
 
-@pytest.mark.parametrize("output", [0.25, 1 / 4, torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64, requires_grad=True), 0.250001])
+@pytest.mark.parametrize(
+    "output",
+    [
+        0.25,
+        1 / 4,
+        torch.tensor(0.25),
+        torch.tensor(0.25, dtype=torch.float64, requires_grad=True),
+        0.250001,
+    ],
+)
 def test_a_number_may_come_in_any_type(output):
     assert VALUE.check(output).right and VALUE.check(lambda: output).right
 
 
-@pytest.mark.parametrize("output", [0.2503, [0.25], torch.tensor([0.25]), "0.25", float("inf"), (0.25,), {0: 0.25}, {0.25}, 10**400])
+@pytest.mark.parametrize(
+    "output",
+    [
+        0.2503,
+        [0.25],
+        torch.tensor([0.25]),
+        "0.25",
+        float("inf"),
+        (0.25,),
+        {0: 0.25},
+        {0.25},
+        10**400,
+    ],
+)
 def test_another_value_or_shape_is_wrong(output):
     assert VALUE.check(output).status == "wrong"
 
 
 def test_texts_compare_without_case_and_tuples_item_by_item():
     assert CHOICE.check(["A ", "b"]).right and CHOICE.check(("a", "b")).right
-    assert not CHOICE.check(("b", "a")).right and not CHOICE.check("ab").right and not CHOICE.check(("a",)).right
+    assert (
+        not CHOICE.check(("b", "a")).right
+        and not CHOICE.check("ab").right
+        and not CHOICE.check(("a",)).right
+    )
 
 
 def test_several_numbers_may_come_as_tuple_list_or_tensor():
@@ -188,15 +243,23 @@ def test_an_answer_that_writes_into_its_input_harms_nobody():
     assert DOUBLE.check(spoil).status == "wrong"
     assert DOUBLE.check(doubled).right
     assert DOUBLE.cases[1][0].tolist() == [3.0]
-    total = Exercise("1.1", sum, (Idea("length", len, "That is how many there are."),), "", cases=(([1, 2, 3],),))
-    assert total.check(empty).status == "wrong" and total.check(sum).right and total.check(len).idea == "length"
+    total = Exercise(
+        "1.1", sum, (Idea("length", len, "That is how many there are."),), "", cases=(([1, 2, 3],),)
+    )
+    assert (
+        total.check(empty).status == "wrong"
+        and total.check(sum).right
+        and total.check(len).idea == "length"
+    )
 
 
 def test_a_verdict_shows_itself_as_text_and_as_escaped_html():
     verdict = Verdict("1.1", "not attempted", "a < b")
     assert repr(verdict) == "Exercise 1.1: not attempted. a < b"
     html = verdict._repr_html_()
-    assert 'class="moe-check not-attempted"' in html and 'role="status"' in html and "a &lt; b" in html
+    assert (
+        'class="moe-check not-attempted"' in html and 'role="status"' in html and "a &lt; b" in html
+    )
 
 
 def test_a_missing_package_is_not_taken_for_a_missing_chapter(monkeypatch):

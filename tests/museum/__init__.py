@@ -1,10 +1,10 @@
 """The museum: bugs that real libraries shipped, each small enough to read, each beside the property that catches it.
 
-    from tests.museum import MUSEUM
-    bug = MUSEUM[0]
-    print(bug.title, bug.symptom, bug.code, sep="\\n")
-    bug.verdict(bug.mutant)   # what the check says
-    bug.verdict(bug.healthy)  # None
+from tests.museum import MUSEUM
+bug = MUSEUM[0]
+print(bug.title, bug.symptom, bug.code, sep="\\n")
+bug.verdict(bug.mutant)   # what the check says
+bug.verdict(bug.healthy)  # None
 """
 
 from . import choice, losses, places, state, thresholds, weights

@@ -2,8 +2,8 @@
 
 import inspect
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 import torch
 from torch import Tensor
@@ -72,7 +72,9 @@ def reads_logits(router):
 def route(logits: Tensor, top_k: int = 1, padding_mask: Tensor | None = None, **options) -> Routing:
     """A routing with these logits, (B, N, E), by softmax and top-k."""
     E = logits.shape[-1]
-    return reads_logits(TopKRouter(E, E, top_k, **{"norm_topk_prob": False, **options})).to(logits.dtype)(logits, padding_mask)
+    return reads_logits(TopKRouter(E, E, top_k, **{"norm_topk_prob": False, **options})).to(
+        logits.dtype
+    )(logits, padding_mask)
 
 
 def certain(experts: list[int], n_experts: int) -> Tensor:

@@ -19,7 +19,9 @@ class BiasInTheWeights(LossFreeRouter):
         scores = logits.sigmoid()
         biased, indices = torch.topk(scores + self.expert_bias, self.top_k)
         weights = biased / biased.sum(-1, keepdim=True)
-        return self.route(indices, weights, logits, scores, padding_mask=padding_mask, normalized=True)
+        return self.route(
+            indices, weights, logits, scores, padding_mask=padding_mask, normalized=True
+        )
 
 
 def the_bias_selects_and_does_not_weigh(make):
@@ -44,12 +46,16 @@ class OtherGroupsSetToZero(LossFreeRouter):
         biased = scores + self.expert_bias
         groups = biased.unflatten(-1, (self.n_groups, -1))
         best = groups.topk(2, dim=-1).values.sum(-1).topk(self.topk_groups, dim=-1).indices
-        allowed = torch.zeros(*groups.shape[:-1], 1, dtype=torch.bool).scatter(-2, best.unsqueeze(-1), True)
+        allowed = torch.zeros(*groups.shape[:-1], 1, dtype=torch.bool).scatter(
+            -2, best.unsqueeze(-1), True
+        )
         masked = groups.masked_fill(~allowed, 0.0).flatten(-2)
         indices = masked.topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, indices)
         weights = weights / weights.sum(-1, keepdim=True)
-        return self.route(indices, weights, logits, scores, padding_mask=padding_mask, normalized=True)
+        return self.route(
+            indices, weights, logits, scores, padding_mask=padding_mask, normalized=True
+        )
 
 
 def no_expert_outside_the_chosen_groups(make):
@@ -71,7 +77,9 @@ def top_1_renormalised(d_model, n_experts):
 
 
 def top_1_as_switch(d_model, n_experts):
-    return SwitchRouter(d_model, n_experts, capacity_factor=None, aux_loss_weight=0.0, jitter_noise=0.0)
+    return SwitchRouter(
+        d_model, n_experts, capacity_factor=None, aux_loss_weight=0.0, jitter_noise=0.0
+    )
 
 
 def the_output_trains_the_router(make):
@@ -91,7 +99,12 @@ class LogitsInBfloat16(TopKRouter):
 def a_bfloat16_model_routes_as_a_float64_one(make):
     """Rounding of the logits changes no token's experts."""
     router, x = make(64, 64, 8).bfloat16(), torch.randn(1, 500, 64).bfloat16()
-    exact = torch.einsum("bnd,ed->bne", x.double(), router.weight.double()).topk(8).indices.sort().values
+    exact = (
+        torch.einsum("bnd,ed->bne", x.double(), router.weight.double())
+        .topk(8)
+        .indices.sort()
+        .values
+    )
     changed = (router(x).expert_indices.sort().values != exact).any(-1).double().mean().item()
     assert changed <= 0.002, f"{changed:.1%} of the tokens have other experts"
 
@@ -103,7 +116,9 @@ class NoiseAlsoInEval(NoisyTopKRouter):
         noisy = logits + torch.randn_like(logits) * self.noise_std(x)
         weights, indices = torch.softmax(noisy, dim=-1).topk(self.top_k)
         weights = weights / weights.sum(-1, keepdim=True)
-        return self.route(indices, weights, logits, logits.softmax(-1), padding_mask=padding_mask, normalized=True)
+        return self.route(
+            indices, weights, logits, logits.softmax(-1), padding_mask=padding_mask, normalized=True
+        )
 
 
 def eval_gives_the_same_answer_twice(make):
@@ -126,8 +141,15 @@ def jitter_is_relative(make):
     router = make(8, 4, 2, jitter_noise=0.01).train()
     size = router(torch.zeros(1, 50, 8)).logits.abs().max().item()
     assert size == 0, f"jitter makes logits of {size:.2f} out of zeros"
-    moved = (router(torch.full((1, 50, 8), 1000.0)).logits - 1000 * router.weight.sum(-1)).abs().max().item()
-    assert 1 < moved < 1000 * 0.01 * router.weight.abs().sum(-1).max(), f"jitter moves logits of 1000 by {moved:.2g}"
+    moved = (
+        (router(torch.full((1, 50, 8), 1000.0)).logits - 1000 * router.weight.sum(-1))
+        .abs()
+        .max()
+        .item()
+    )
+    assert 1 < moved < 1000 * 0.01 * router.weight.abs().sum(-1).max(), (
+        f"jitter moves logits of 1000 by {moved:.2g}"
+    )
 
 
 # 24 ------------------------------------------------------------------------------------------------------------------------------
@@ -144,13 +166,20 @@ def with_little_noise_the_load_is_the_count(estimate):
     logits = torch.randn(1, 50, 8).double() * 3
     indices = logits.topk(2).indices
     chosen = torch.zeros_like(logits).scatter(-1, indices, 1.0)
-    off = (estimate(logits, logits, torch.full_like(logits, 1e-6), indices) - chosen).abs().mean().item()
+    off = (
+        (estimate(logits, logits, torch.full_like(logits, 1e-6), indices) - chosen)
+        .abs()
+        .mean()
+        .item()
+    )
     assert off < 0.01, f"the chances are off by {off:.2f} on average"
 
 
 # 30 ------------------------------------------------------------------------------------------------------------------------------
 def one_hot_twice(routing):
-    chosen_BNE = expert_sets(routing).long()  # one-hot already: zeros and ones, taken for the indices of experts
+    chosen_BNE = expert_sets(
+        routing
+    ).long()  # one-hot already: zeros and ones, taken for the indices of experts
     return F.one_hot(chosen_BNE, routing.n_experts).any(-2)
 
 
@@ -164,28 +193,92 @@ def every_token_visits_its_own_experts(called):
 
 
 BUGS = [
-    Bug(4, "the selection bias leaks into the weights", "slightly wrong outputs, worse the longer the bias has moved",
+    Bug(
+        4,
+        "the selection bias leaks into the weights",
+        "slightly wrong outputs, worse the longer the bias has moved",
         "the values that topk returns, bias included, become the weights",
         "transformers #41647, #41663, #39581; vllm #12002; mlx-lm #1883",
-        BiasInTheWeights, LossFreeRouter, the_bias_selects_and_does_not_weigh, "the bias moves the weights"),
-    Bug(5, "groups are masked with 0", "experts outside the chosen groups, once biases are negative",
+        BiasInTheWeights,
+        LossFreeRouter,
+        the_bias_selects_and_does_not_weigh,
+        "the bias moves the weights",
+    ),
+    Bug(
+        5,
+        "groups are masked with 0",
+        "experts outside the chosen groups, once biases are negative",
         "0 is taken for less than any score, but score plus bias may be below it: mask with -inf",
         "transformers #45440; DeepSeek-V3 #741; flashinfer #2168",
-        OtherGroupsSetToZero, LossFreeRouter, no_expert_outside_the_chosen_groups, "outside their groups"),
-    Bug(6, "one expert, renormalised", "the router never learns from the language model's loss",
-        "p / p = 1: with K = 1 the weight is a constant", "minimind #858; Megatron-LM #894",
-        top_1_renormalised, top_1_as_switch, the_output_trains_the_router, "gradient is [0-9]e-(0[6-9]|1|2)|gradient is 0e"),
-    Bug(19, "router logits in bfloat16", "other experts than in training, and another model than the one evaluated",
-        "8 bits of mantissa cannot tell near logits apart", "sglang #33764; vllm #14027; torchtitan #2389",
-        LogitsInBfloat16, TopKRouter, a_bfloat16_model_routes_as_a_float64_one, "of the tokens have other experts"),
-    Bug(21, "noise in eval", "the same prompt, another answer, at temperature 0", "the noise does not ask for self.training",
-        "makeMoE; fairscale top-2 gate", NoiseAlsoInEval, NoisyTopKRouter, eval_gives_the_same_answer_twice, "on the second call"),
-    Bug(22, "jitter is added", "noise that drowns small inputs and does nothing to large ones",
-        "x += noise around 1 instead of x *= noise around 1", "fastmoe SwitchGate; Keras Switch example",
-        JitterAdded, TopKRouter, jitter_is_relative, "out of zeros"),
-    Bug(24, "logits are compared with probabilities", "a load loss that pushes experts the wrong way",
-        "the thresholds come from softmaxed values, what is compared with them does not", "davidmrau/mixture-of-experts #31",
-        logits_against_probabilities, probabilities, with_little_noise_the_load_is_the_count, "off by 0"),
-    Bug(30, "one-hot of a one-hot", "only experts 0 and 1 are ever called", "zeros and ones are taken for indices",
-        "transformers nllb_moe, 5.23.0", one_hot_twice, expert_sets, every_token_visits_its_own_experts, r"only \[0, 1\]"),
+        OtherGroupsSetToZero,
+        LossFreeRouter,
+        no_expert_outside_the_chosen_groups,
+        "outside their groups",
+    ),
+    Bug(
+        6,
+        "one expert, renormalised",
+        "the router never learns from the language model's loss",
+        "p / p = 1: with K = 1 the weight is a constant",
+        "minimind #858; Megatron-LM #894",
+        top_1_renormalised,
+        top_1_as_switch,
+        the_output_trains_the_router,
+        "gradient is [0-9]e-(0[6-9]|1|2)|gradient is 0e",
+    ),
+    Bug(
+        19,
+        "router logits in bfloat16",
+        "other experts than in training, and another model than the one evaluated",
+        "8 bits of mantissa cannot tell near logits apart",
+        "sglang #33764; vllm #14027; torchtitan #2389",
+        LogitsInBfloat16,
+        TopKRouter,
+        a_bfloat16_model_routes_as_a_float64_one,
+        "of the tokens have other experts",
+    ),
+    Bug(
+        21,
+        "noise in eval",
+        "the same prompt, another answer, at temperature 0",
+        "the noise does not ask for self.training",
+        "makeMoE; fairscale top-2 gate",
+        NoiseAlsoInEval,
+        NoisyTopKRouter,
+        eval_gives_the_same_answer_twice,
+        "on the second call",
+    ),
+    Bug(
+        22,
+        "jitter is added",
+        "noise that drowns small inputs and does nothing to large ones",
+        "x += noise around 1 instead of x *= noise around 1",
+        "fastmoe SwitchGate; Keras Switch example",
+        JitterAdded,
+        TopKRouter,
+        jitter_is_relative,
+        "out of zeros",
+    ),
+    Bug(
+        24,
+        "logits are compared with probabilities",
+        "a load loss that pushes experts the wrong way",
+        "the thresholds come from softmaxed values, what is compared with them does not",
+        "davidmrau/mixture-of-experts #31",
+        logits_against_probabilities,
+        probabilities,
+        with_little_noise_the_load_is_the_count,
+        "off by 0",
+    ),
+    Bug(
+        30,
+        "one-hot of a one-hot",
+        "only experts 0 and 1 are ever called",
+        "zeros and ones are taken for indices",
+        "transformers nllb_moe, 5.23.0",
+        one_hot_twice,
+        expert_sets,
+        every_token_visits_its_own_experts,
+        r"only \[0, 1\]",
+    ),
 ]

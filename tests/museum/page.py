@@ -8,11 +8,22 @@ from . import MUSEUM
 PAGE = Path(__file__).resolve().parents[2] / "book/mistakes.md"
 START, END = "<!-- from the museum -->", "<!-- until here -->"
 REPOSITORIES = {
-    "transformers": "huggingface/transformers", "trl": "huggingface/trl", "NeMo Automodel": "NVIDIA-NeMo/Automodel", "vllm": "vllm-project/vllm",
-    "mlx-lm": "ml-explore/mlx-lm", "DeepSeek-V3": "deepseek-ai/DeepSeek-V3", "flashinfer": "flashinfer-ai/flashinfer",
-    "minimind": "jingyaogong/minimind", "Megatron-LM": "NVIDIA/Megatron-LM", "DeepSpeed": "deepspeedai/DeepSpeed",
-    "PaddleFormers": "PaddlePaddle/PaddleFormers", "torchtitan": "pytorch/torchtitan", "pytorch": "pytorch/pytorch",
-    "sglang": "sgl-project/sglang", "unsloth-zoo": "unslothai/unsloth-zoo", "davidmrau/mixture-of-experts": "davidmrau/mixture-of-experts",
+    "transformers": "huggingface/transformers",
+    "trl": "huggingface/trl",
+    "NeMo Automodel": "NVIDIA-NeMo/Automodel",
+    "vllm": "vllm-project/vllm",
+    "mlx-lm": "ml-explore/mlx-lm",
+    "DeepSeek-V3": "deepseek-ai/DeepSeek-V3",
+    "flashinfer": "flashinfer-ai/flashinfer",
+    "minimind": "jingyaogong/minimind",
+    "Megatron-LM": "NVIDIA/Megatron-LM",
+    "DeepSpeed": "deepspeedai/DeepSpeed",
+    "PaddleFormers": "PaddlePaddle/PaddleFormers",
+    "torchtitan": "pytorch/torchtitan",
+    "pytorch": "pytorch/pytorch",
+    "sglang": "sgl-project/sglang",
+    "unsloth-zoo": "unslothai/unsloth-zoo",
+    "davidmrau/mixture-of-experts": "davidmrau/mixture-of-experts",
     "grouped_gemm": "tgale96/grouped_gemm",
 }
 
@@ -24,16 +35,27 @@ def linked(source: str) -> str:
         name = re.match(r"[^#]*", part)[0].strip(" ,")
         repository = REPOSITORIES.get(name)
         if repository:
-            part = re.sub(r"#(\d+)", lambda n: f"[#{n[1]}](https://github.com/{repository}/issues/{n[1]})", part)
+            part = re.sub(
+                r"#(\d+)",
+                lambda n: f"[#{n[1]}](https://github.com/{repository}/issues/{n[1]})",
+                part,
+            )
         parts.append(part)
     return "; ".join(parts)
 
 
 def rows() -> str:
     """One row per bug, by its number."""
-    lines = ["| mistake | what you see | where it was seen | what our tests demand |", "| --- | --- | --- | --- |"]
+    lines = [
+        "| mistake | what you see | where it was seen | what our tests demand |",
+        "| --- | --- | --- | --- |",
+    ]
     for bug in MUSEUM:
-        lines.append(f"| **{bug.title}** | {bug.symptom} | {linked(bug.source)} | {bug.caught_by} |".replace("\n", " "))
+        lines.append(
+            f"| **{bug.title}** | {bug.symptom} | {linked(bug.source)} | {bug.caught_by} |".replace(
+                "\n", " "
+            )
+        )
     return "\n".join(lines)
 
 

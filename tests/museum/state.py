@@ -12,7 +12,9 @@ from .bug import Bug, certain, reads_logits, route
 class IdleExpertsAreSkipped(torch.nn.Module):
     def __init__(self, d_model, d_ff, n_experts):
         super().__init__()
-        self.experts = torch.nn.ModuleList(torch.nn.Linear(d_model, d_model) for _ in range(n_experts))
+        self.experts = torch.nn.ModuleList(
+            torch.nn.Linear(d_model, d_model) for _ in range(n_experts)
+        )
 
     def forward(self, x, routing):
         y = torch.zeros_like(x)
@@ -63,7 +65,9 @@ class CountsInForward(LossFreeRouter):
 
     @torch.no_grad()
     def update(self, routings):
-        self.expert_bias += self.bias_update_rate * (self.counted.sum() - self.n_experts * self.counted).sign()
+        self.expert_bias += (
+            self.bias_update_rate * (self.counted.sum() - self.n_experts * self.counted).sign()
+        )
         self.expert_bias -= self.expert_bias.mean()
         self.counted = 0
 
@@ -71,11 +75,16 @@ class CountsInForward(LossFreeRouter):
 def recomputation_counts_once(make):
     """Running a micro-batch's forward twice, as checkpointing does, leaves the bias update as it was."""
     router = reads_logits(make(2, 2, 1))
-    first, second = certain([0] * 3, 2), certain([1] * 5, 2)  # expert 1 has more, so its bias must go down
+    first, second = (
+        certain([0] * 3, 2),
+        certain([1] * 5, 2),
+    )  # expert 1 has more, so its bias must go down
     routings = [router(first), router(second)]
     router(first)
     router.update(routings)
-    assert router.expert_bias[1] < 0, f"the busier expert's bias went up, to {router.expert_bias[1].item():.4f}"
+    assert router.expert_bias[1] < 0, (
+        f"the busier expert's bias went up, to {router.expert_bias[1].item():.4f}"
+    )
 
 
 # 16 ------------------------------------------------------------------------------------------------------------------------------
@@ -93,7 +102,9 @@ def many_small_micro_batches_add_up(make):
     """600 micro-batches of one token are more than one of 400."""
     router = reads_logits(make(2, 2, 1))
     router.update([router(certain([0], 2))] * 600 + [router(certain([1] * 400, 2))])
-    assert router.expert_bias[0] < 0, f"the busier expert's bias went up, to {router.expert_bias[0].item():.4f}"
+    assert router.expert_bias[0] < 0, (
+        f"the busier expert's bias went up, to {router.expert_bias[0].item():.4f}"
+    )
 
 
 # 18 ------------------------------------------------------------------------------------------------------------------------------
@@ -115,19 +126,59 @@ def the_mean_bias_stays_zero(make):
 
 
 BUGS = [
-    Bug(11, "an expert without a token is skipped", "training hangs, or the optimiser fails, when an expert gets no token",
-        "its parameters have no gradient at all, so gradient reduction waits for them", "DeepSpeed #5066; PaddleFormers #3010; Megatron-LM #1877",
-        IdleExpertsAreSkipped, Experts, every_expert_has_a_gradient, r"no gradient for experts\.1"),
-    Bug(14, "ties are broken anew on recomputation", "gradients of experts the forward pass never used, or a shape error",
-        "the order among equal scores depends on more than the scores", "torchtitan #3146, #3336, #1117",
-        TiesByChance, TopKRouter, recomputation_takes_the_same_route, "another route"),
-    Bug(15, "recomputation counts twice", "biases move for loads that never were",
-        "forward adds to a counter, and checkpointing runs it again", "torchtitan #1593, #1114; Megatron-LM #1330",
-        CountsInForward, LossFreeRouter, recomputation_counts_once, "bias went up"),
-    Bug(16, "counts in bfloat16", "the busiest expert is made still more attractive",
-        "above 256, adding 1 changes nothing", "Megatron-LM #7081",
-        CountsInBfloat16, LossFreeRouter, many_small_micro_batches_add_up, "bias went up"),
-    Bug(18, "the bias is not re-centred", "all biases drift in one direction, until scores drown in them",
-        "more experts are below the mean than above it, so the signs do not cancel", "torchtitan #1506",
-        BiasNotCentred, LossFreeRouter, the_mean_bias_stays_zero, "the mean bias is 0.5"),
+    Bug(
+        11,
+        "an expert without a token is skipped",
+        "training hangs, or the optimiser fails, when an expert gets no token",
+        "its parameters have no gradient at all, so gradient reduction waits for them",
+        "DeepSpeed #5066; PaddleFormers #3010; Megatron-LM #1877",
+        IdleExpertsAreSkipped,
+        Experts,
+        every_expert_has_a_gradient,
+        r"no gradient for experts\.1",
+    ),
+    Bug(
+        14,
+        "ties are broken anew on recomputation",
+        "gradients of experts the forward pass never used, or a shape error",
+        "the order among equal scores depends on more than the scores",
+        "torchtitan #3146, #3336, #1117",
+        TiesByChance,
+        TopKRouter,
+        recomputation_takes_the_same_route,
+        "another route",
+    ),
+    Bug(
+        15,
+        "recomputation counts twice",
+        "biases move for loads that never were",
+        "forward adds to a counter, and checkpointing runs it again",
+        "torchtitan #1593, #1114; Megatron-LM #1330",
+        CountsInForward,
+        LossFreeRouter,
+        recomputation_counts_once,
+        "bias went up",
+    ),
+    Bug(
+        16,
+        "counts in bfloat16",
+        "the busiest expert is made still more attractive",
+        "above 256, adding 1 changes nothing",
+        "Megatron-LM #7081",
+        CountsInBfloat16,
+        LossFreeRouter,
+        many_small_micro_batches_add_up,
+        "bias went up",
+    ),
+    Bug(
+        18,
+        "the bias is not re-centred",
+        "all biases drift in one direction, until scores drown in them",
+        "more experts are below the mean than above it, so the signs do not cancel",
+        "torchtitan #1506",
+        BiasNotCentred,
+        LossFreeRouter,
+        the_mean_bias_stays_zero,
+        "the mean bias is 0.5",
+    ),
 ]

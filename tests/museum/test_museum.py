@@ -5,7 +5,35 @@ import torch
 
 from . import MUSEUM
 
-NUMBERS = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 28, 29, 30}
+NUMBERS = {
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+    7,
+    8,
+    9,
+    10,
+    11,
+    14,
+    15,
+    16,
+    17,
+    18,
+    19,
+    20,
+    21,
+    22,
+    23,
+    24,
+    25,
+    26,
+    28,
+    29,
+    30,
+}
 each = pytest.mark.parametrize("bug", MUSEUM, ids=lambda bug: f"{bug.number} {bug.title}")
 
 

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from moe_core.interop import layouts
+from moe_tools.interop import layouts
 
 from .bug import Bug
 
@@ -29,8 +29,15 @@ def a_weight_does_the_same_before_and_after(load):
 
 
 BUGS = [
-    Bug(20, "the layout of a weight is guessed from its shape", "a model loads without a word and answers nonsense",
-        "if D = 2F, a matrix and its transpose have the same shape", "transformers #47031; unsloth-zoo #849",
-        turned_if_the_shape_says_so, turned_as_declared, a_weight_does_the_same_before_and_after,
-        r"^AssertionError: with D=8, F=4"),
+    Bug(
+        20,
+        "the layout of a weight is guessed from its shape",
+        "a model loads without a word and answers nonsense",
+        "if D = 2F, a matrix and its transpose have the same shape",
+        "transformers #47031; unsloth-zoo #849",
+        turned_if_the_shape_says_so,
+        turned_as_declared,
+        a_weight_does_the_same_before_and_after,
+        r"^AssertionError: with D=8, F=4",
+    )
 ]

@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_core import Experts, MixtureOfExperts, MoEConfig, TopKRouter
-from moe_core.parallel import ExpertShard, Placement, TorchExchange, checkpoint
-from moe_core.pretrain import PretrainConfig, Trainer, pretrain
+from moe_core.parallel import ExpertShard, Placement, TorchExchange
+from moe_tools.pretrain import PretrainConfig, Trainer, checkpoint, pretrain
 
 
 class LayerCase(NamedTuple):
@@ -40,8 +40,15 @@ def run_layers(rank: int, cases: list[LayerCase]) -> list[dict]:
         for name, grad in gradients.items():
             if grad is not None and not name.startswith("experts."):
                 dist.all_reduce(grad)
-        results.append({"y": y.detach(), "x": x.grad, "owned": layer.experts.owned, "shapes": {n: p.shape for n, p in layer.experts.named_parameters()},
-                        **gradients})
+        results.append(
+            {
+                "y": y.detach(),
+                "x": x.grad,
+                "owned": layer.experts.owned,
+                "shapes": {n: p.shape for n, p in layer.experts.named_parameters()},
+                **gradients,
+            }
+        )
     return results
 
 
@@ -50,11 +57,20 @@ def mismatch(rank: int, kind: str) -> str:
     from moe_core.parallel import contiguous, run_rows
 
     exchange = TorchExchange()
-    rows = torch.zeros(exchange.n_ranks, 6 if kind == "width" and rank == 1 else 4,
-                       dtype=torch.float64 if kind == "dtype" and rank == 1 else torch.float32)
+    rows = torch.zeros(
+        exchange.n_ranks,
+        6 if kind == "width" and rank == 1 else 4,
+        dtype=torch.float64 if kind == "dtype" and rank == 1 else torch.float32,
+    )
     counts = torch.ones(exchange.n_ranks, dtype=torch.int64)
     try:
-        run_rows([rows], [counts], [lambda r, c: r], exchange, contiguous(exchange.n_ranks, exchange.n_ranks))
+        run_rows(
+            [rows],
+            [counts],
+            [lambda r, c: r],
+            exchange,
+            contiguous(exchange.n_ranks, exchange.n_ranks),
+        )
     except ValueError as error:
         return str(error)
     return "no error"
@@ -73,9 +89,22 @@ def _history(trainer: Trainer, steps: int) -> dict:
     for block in trainer.model.blocks:
         for parameter in block.feed_forward.experts.parameters():
             expert_bytes += parameter.nbytes
-            state_bytes += sum(trainer.optimizer.state[parameter][moment].nbytes for moment in ("exp_avg", "exp_avg_sq"))
-    biases = [router.expert_bias.clone() for router in trainer.routers if getattr(router, "expert_bias", None) is not None]
-    return {"records": records, "valid_loss": trainer.evaluate(), "biases": biases, "expert_bytes": expert_bytes, "state_bytes": state_bytes}
+            state_bytes += sum(
+                trainer.optimizer.state[parameter][moment].nbytes
+                for moment in ("exp_avg", "exp_avg_sq")
+            )
+    biases = [
+        router.expert_bias.clone()
+        for router in trainer.routers
+        if getattr(router, "expert_bias", None) is not None
+    ]
+    return {
+        "records": records,
+        "valid_loss": trainer.evaluate(),
+        "biases": biases,
+        "expert_bytes": expert_bytes,
+        "state_bytes": state_bytes,
+    }
 
 
 def run_pretrain(rank: int, argument: tuple) -> None:
@@ -87,9 +116,14 @@ def run_pretrain(rank: int, argument: tuple) -> None:
 def loaded_state(rank: int, config: PretrainConfig) -> dict[str, Tensor]:
     """What a fresh Trainer of this arrangement holds after loading the newest checkpoint of config.out: whole tensors, owned experts."""
     trainer = Trainer(config)
-    record = checkpoint.load(checkpoint.newest(f"{config.out}/checkpoints"), trainer.model, trainer.optimizer)
+    record = checkpoint.load(
+        checkpoint.newest(f"{config.out}/checkpoints"), trainer.model, trainer.optimizer
+    )
     state = checkpoint.tensors(trainer.model, trainer.optimizer)
-    whole = {name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone() for name, tensor in state.items()}
+    whole = {
+        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+        for name, tensor in state.items()
+    }
     return whole | {"step": torch.tensor(record["step"])}
 
 

@@ -3,9 +3,9 @@
 import pytest
 from torch.distributed import TCPStore
 
-from moe_core.parallel.heartbeat import Heartbeat
-from moe_core.pretrain import PretrainConfig
-from moe_core.pretrain.run import _rank_lost
+from moe_tools.pretrain import PretrainConfig
+from moe_tools.pretrain.heartbeat import Heartbeat
+from moe_tools.pretrain.run import _rank_lost
 
 
 @pytest.fixture
@@ -36,7 +36,9 @@ def test_an_error_of_this_rank_alone_is_not_blamed_on_the_others(store, tmp_path
     first, second = (Heartbeat(store, rank, 2) for rank in range(2))
     config = PretrainConfig(out=str(tmp_path))
     lost = _rank_lost(RuntimeError("out of memory"), first, config, 3)
-    assert str(lost).startswith("rank 0: failed while all other ranks are there in step 3") and str(lost).endswith("Cause: out of memory")
+    assert str(lost).startswith("rank 0: failed while all other ranks are there in step 3") and str(
+        lost
+    ).endswith("Cause: out of memory")
     first.leave()
     lost = _rank_lost(RuntimeError("closed by peer"), second, config, 3)
     assert str(lost).startswith("rank 1: rank 0 of 2 ended before in step 3")

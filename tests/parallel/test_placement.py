@@ -21,9 +21,16 @@ def busy(placement, load):
 def loads(draw, most_ranks=4):
     """(load, R, replicas) that fit together: ties and zeros are common."""
     n_ranks, places = draw(st.integers(1, most_ranks)), draw(st.integers(1, 4))
-    replicas = draw(st.integers(0, n_ranks * places - places))  # at least P experts remain, so that no rank holds one twice
-    load = draw(st.lists(st.one_of(st.integers(0, 3), st.floats(0, 1e6)), min_size=n_ranks * places - replicas,
-                         max_size=n_ranks * places - replicas))
+    replicas = draw(
+        st.integers(0, n_ranks * places - places)
+    )  # at least P experts remain, so that no rank holds one twice
+    load = draw(
+        st.lists(
+            st.one_of(st.integers(0, 3), st.floats(0, 1e6)),
+            min_size=n_ranks * places - replicas,
+            max_size=n_ranks * places - replicas,
+        )
+    )
     return load, n_ranks, replicas
 
 
@@ -53,7 +60,12 @@ def test_rows_sorted_by_expert_are_sorted_by_rank_only_where_the_placement_is_in
     for order in permutations(range(4)):
         placement = Placement((order[:2], order[2:]))
         assert placement.in_order == (order == (0, 1, 2, 3))
-    assert contiguous(8, 2).in_order and contiguous(8, 1).in_order and round_robin(8, 8).in_order and round_robin(8, 1).in_order
+    assert (
+        contiguous(8, 2).in_order
+        and contiguous(8, 1).in_order
+        and round_robin(8, 8).in_order
+        and round_robin(8, 1).in_order
+    )
     assert not round_robin(8, 2).in_order
     assert not Placement(((0, 1), (0, 1))).in_order  # a copy is out of order, too
 
@@ -74,11 +86,18 @@ def test_every_placement_by_load_is_valid_and_every_place_is_used(drawn):
     load, n_ranks, replicas = drawn
     placement = by_load(load, n_ranks, replicas=replicas)
     assert placement.n_ranks == n_ranks and placement.n_experts == len(load)
-    assert n_ranks * placement.places_per_rank == len(load) + replicas == sum(map(len, placement.places_of_expert))
+    assert (
+        n_ranks * placement.places_per_rank
+        == len(load) + replicas
+        == sum(map(len, placement.places_of_expert))
+    )
     for expert, places in enumerate(placement.places_of_expert):
         ranks = [place // placement.places_per_rank for place in places]
         assert len(set(ranks)) == len(ranks) >= 1
-        assert all(placement.experts_of_rank[rank][place % placement.places_per_rank] == expert for rank, place in zip(ranks, places))
+        assert all(
+            placement.experts_of_rank[rank][place % placement.places_per_rank] == expert
+            for rank, place in zip(ranks, places)
+        )
 
 
 @fast
@@ -94,7 +113,10 @@ def test_ranks_differ_by_at_most_the_busiest_copy(drawn):
 @given(st.lists(st.integers(0, 20), min_size=8, max_size=8), st.sampled_from([4, 2]))
 def test_with_two_places_a_rank_no_other_placement_has_a_lighter_straggler(load, n_ranks):
     load = load[: 2 * n_ranks]
-    best = min(max(sum(load[e] for e in order[i : i + 2]) for i in range(0, len(load), 2)) for order in _pairings(tuple(range(len(load)))))
+    best = min(
+        max(sum(load[e] for e in order[i : i + 2]) for i in range(0, len(load), 2))
+        for order in _pairings(tuple(range(len(load))))
+    )
     assert max(busy(by_load(load, n_ranks), load)) == best
     assert best <= max(busy(contiguous(len(load), n_ranks), load))
 
@@ -111,54 +133,75 @@ def _pairings(experts):
 @given(st.lists(st.integers(0, 9), min_size=4, max_size=4), st.sampled_from([0, 4, 8]))
 def test_no_other_way_to_spend_the_copies_leaves_less_to_the_busiest_one(load, replicas):
     placement = by_load(load, 4, replicas=replicas)
-    best = min(max(value / n for value, n in zip(load, copies)) for copies in product(range(1, 5), repeat=4) if sum(copies) == 4 + replicas)
-    assert max(value / len(places) for value, places in zip(load, placement.places_of_expert)) == best
+    best = min(
+        max(value / n for value, n in zip(load, copies))
+        for copies in product(range(1, 5), repeat=4)
+        if sum(copies) == 4 + replicas
+    )
+    assert (
+        max(value / len(places) for value, places in zip(load, placement.places_of_expert)) == best
+    )
 
 
 @fast
 @given(loads())
 def test_the_same_load_in_any_unit_gives_the_same_placement(drawn):
     load, n_ranks, replicas = drawn
-    assert by_load([2 * value for value in load], n_ranks, replicas=replicas) == by_load(load, n_ranks, replicas=replicas)
+    assert by_load([2 * value for value in load], n_ranks, replicas=replicas) == by_load(
+        load, n_ranks, replicas=replicas
+    )
 
 
 @fast
 @given(st.integers(1, 6), st.integers(1, 6))
 def test_round_robin_puts_expert_e_on_rank_e_mod_r(n_ranks, places):
     placement = round_robin(n_ranks * places, n_ranks)
-    assert all(expert % n_ranks == rank for rank, experts in enumerate(placement.experts_of_rank) for expert in experts)
+    assert all(
+        expert % n_ranks == rank
+        for rank, experts in enumerate(placement.experts_of_rank)
+        for expert in experts
+    )
     assert sorted(sum(placement.experts_of_rank, ())) == list(range(n_ranks * places))
 
 
-@pytest.mark.parametrize(("experts_of_rank", "message"), [
-    ((), r"experts_of_rank=\(\) must give every rank the same number of experts, at least 1"),
-    (((), ()), "the same number of experts, at least 1"),
-    (((0, 1), (2,)), "the same number of experts, at least 1"),
-    (((0, 2),), "must hold every expert from 0 to 2"),
-    (((1,), (0,), (0,), (3,)), "must hold every expert from 0 to 3"),
-    (((1, 2), (0, 0)), r"experts_of_rank\[1\]=\(0, 0\) must not hold an expert twice"),
-    (((0, -1),), r"experts_of_rank\[0\]=-1 must be a whole number, at least 0"),
-    (((0,), (1.0,)), r"experts_of_rank\[1\]=1.0 must be a whole number"),
-    (((False,), (True,)), r"experts_of_rank\[0\]=False must be a whole number"),
-])
+@pytest.mark.parametrize(
+    ("experts_of_rank", "message"),
+    [
+        ((), r"experts_of_rank=\(\) must give every rank the same number of experts, at least 1"),
+        (((), ()), "the same number of experts, at least 1"),
+        (((0, 1), (2,)), "the same number of experts, at least 1"),
+        (((0, 2),), "must hold every expert from 0 to 2"),
+        (((1,), (0,), (0,), (3,)), "must hold every expert from 0 to 3"),
+        (((1, 2), (0, 0)), r"experts_of_rank\[1\]=\(0, 0\) must not hold an expert twice"),
+        (((0, -1),), r"experts_of_rank\[0\]=-1 must be a whole number, at least 0"),
+        (((0,), (1.0,)), r"experts_of_rank\[1\]=1.0 must be a whole number"),
+        (((False,), (True,)), r"experts_of_rank\[0\]=False must be a whole number"),
+    ],
+)
 def test_a_placement_that_is_none_is_refused(experts_of_rank, message):
     with pytest.raises(ValueError, match=message):
         Placement(experts_of_rank)
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: contiguous(4, 3), "n_ranks=3 must divide n_experts=4"),
-    (lambda: round_robin(4, 3), "n_ranks=3 must divide n_experts=4"),
-    (lambda: contiguous(0, 1), "n_experts=0 must be a whole number, at least 1"),
-    (lambda: round_robin(4, 0), "n_ranks=0 must be a whole number, at least 1"),
-    (lambda: by_load([], 1), "=0 must be a whole number, at least 1"),
-    (lambda: by_load([1, 1, 1], 2), r"n_ranks=2 must divide n_experts \+ replicas=3"),
-    (lambda: by_load([1, -1], 1), r"load\[1\]=-1.0 must be at least 0 and finite"),
-    (lambda: by_load([1, float("nan")], 1), r"load\[1\]=nan must be at least 0 and finite"),
-    (lambda: by_load([float("inf"), 1], 1), r"load\[0\]=inf must be at least 0 and finite"),
-    (lambda: by_load([1, 1], 2, replicas=-2), "replicas=-2 must be a whole number, at least 0"),
-    (lambda: by_load([1, 1], 2, replicas=4), "replicas=4 must be at most 2: a rank holds an expert once"),
-])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: contiguous(4, 3), "n_ranks=3 must divide n_experts=4"),
+        (lambda: round_robin(4, 3), "n_ranks=3 must divide n_experts=4"),
+        (lambda: contiguous(0, 1), "n_experts=0 must be a whole number, at least 1"),
+        (lambda: round_robin(4, 0), "n_ranks=0 must be a whole number, at least 1"),
+        (lambda: by_load([], 1), "=0 must be a whole number, at least 1"),
+        (lambda: by_load([1, 1, 1], 2), r"n_ranks=2 must divide n_experts \+ replicas=3"),
+        (lambda: by_load([1, -1], 1), r"load\[1\]=-1.0 must be at least 0 and finite"),
+        (lambda: by_load([1, float("nan")], 1), r"load\[1\]=nan must be at least 0 and finite"),
+        (lambda: by_load([float("inf"), 1], 1), r"load\[0\]=inf must be at least 0 and finite"),
+        (lambda: by_load([1, 1], 2, replicas=-2), "replicas=-2 must be a whole number, at least 0"),
+        (
+            lambda: by_load([1, 1], 2, replicas=4),
+            "replicas=4 must be at most 2: a rank holds an expert once",
+        ),
+    ],
+)
 def test_what_cannot_be_placed_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -12,34 +12,74 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from moe_core import metrics
-from moe_core.parallel import checkpoint
-from moe_core.routing_log import RoutingLog
+from moe_tools import diagnosis
+from moe_tools.diagnosis.log import RoutingLog
+from moe_tools.pretrain import checkpoint
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--d-model", "32", "--d-ff", "32", "--n-heads", "2", "--n-experts", "4", "--seq-len", "32", "--batch-size", "8", "--save-every", "5"]
+TINY = [
+    "--d-model",
+    "32",
+    "--d-ff",
+    "32",
+    "--n-heads",
+    "2",
+    "--n-experts",
+    "4",
+    "--seq-len",
+    "32",
+    "--batch-size",
+    "8",
+    "--save-every",
+    "5",
+]
 ENDLESS = ["--steps", "1000000", "--eval-every", "0"]
 WITHIN = 30  # seconds in which the others must have ended
 
 
 def environment(**more):
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
-            **more}
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+        **more,
+    }
 
 
 def run(command, out, *flags, timeout=120):
-    return subprocess.run([*command, *TINY, *flags, "--out", str(out)], cwd=ROOT, env=environment(), capture_output=True, text=True,
-                          timeout=timeout)
+    return subprocess.run(
+        [*command, *TINY, *flags, "--out", str(out)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
-ALONE = [sys.executable, "-m", "moe_core.pretrain"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moe_core.pretrain",
-            "--ep-size", "2"]
+ALONE = [sys.executable, "-m", "moe_tools.pretrain"]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "-m",
+    "moe_tools.pretrain",
+    "--ep-size",
+    "2",
+]
 
 
 def log(out):
     file = Path(out) / "log.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.exists() else []
+    return (
+        [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+        if file.exists()
+        else []
+    )
 
 
 class Ranks:
@@ -50,9 +90,20 @@ class Ranks:
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.errors = [open(f"{out}.{rank}.txt", "w+") for rank in range(n_ranks)]
         self.processes = [
-            subprocess.Popen([*ALONE, *TINY, *flags, "--out", str(out)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=self.errors[rank],
-                             env=environment(RANK=str(rank), WORLD_SIZE=str(n_ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
-                                             MASTER_PORT=str(self.store.port), TORCHELASTIC_USE_AGENT_STORE="True"))
+            subprocess.Popen(
+                [*ALONE, *TINY, *flags, "--out", str(out)],
+                cwd=ROOT,
+                stdout=subprocess.DEVNULL,
+                stderr=self.errors[rank],
+                env=environment(
+                    RANK=str(rank),
+                    WORLD_SIZE=str(n_ranks),
+                    LOCAL_RANK=str(rank),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(self.store.port),
+                    TORCHELASTIC_USE_AGENT_STORE="True",
+                ),
+            )
             for rank in range(n_ranks)
         ]
         self.out = out
@@ -70,7 +121,9 @@ class Ranks:
     def wait_for(self, ready, seconds=120):
         end = time.monotonic() + seconds
         while not ready():
-            assert time.monotonic() < end and all(process.poll() is None for process in self.processes), self.said(0)
+            assert time.monotonic() < end and all(
+                process.poll() is None for process in self.processes
+            ), self.said(0)
             try:
                 self.processes[0].wait(0.05)
             except subprocess.TimeoutExpired:
@@ -94,8 +147,18 @@ def test_one_process_trains_and_logs_and_saves(tmp_path):
     done = run(ALONE, tmp_path / "first", "--steps", "20")
     assert done.returncode == 0, done.stderr
     records = log(tmp_path / "first")
-    assert [record["step"] for record in records] == list(range(1, 21)) and records[-1]["loss"] < records[0]["loss"] - 1
-    assert records[-1]["valid_loss"] < 5 and {"lr", "grad_norm", "load", "max_violation", "drop_rate", "tokens", "seconds"} <= set(records[0])
+    assert [record["step"] for record in records] == list(range(1, 21)) and records[-1][
+        "loss"
+    ] < records[0]["loss"] - 1
+    assert records[-1]["valid_loss"] < 5 and {
+        "lr",
+        "grad_norm",
+        "load",
+        "max_violation",
+        "drop_rate",
+        "tokens",
+        "seconds",
+    } <= set(records[0])
     saved = sorted(path.name for path in (tmp_path / "first" / "checkpoints").iterdir())
     assert saved == [f"step-{step:08d}" for step in (5, 10, 15, 20)]
     assert json.loads((tmp_path / "first" / "config.json").read_text())["steps"] == 20
@@ -103,11 +166,29 @@ def test_one_process_trains_and_logs_and_saves(tmp_path):
 
 
 def test_after_a_hundred_steps_the_run_says_what_looks_ill_and_keeps_what_that_rests_on(tmp_path):
-    done = run(ALONE, tmp_path / "ill", "--steps", "100", "--eval-every", "0", "--save-every", "100", "--aux-loss-weight", "0", "--lr", "0.02")
+    done = run(
+        ALONE,
+        tmp_path / "ill",
+        "--steps",
+        "100",
+        "--eval-every",
+        "0",
+        "--save-every",
+        "100",
+        "--aux-loss-weight",
+        "0",
+        "--lr",
+        "0.02",
+    )
     assert done.returncode == 0, done.stderr
-    routing_log = RoutingLog.from_dict(json.loads((tmp_path / "ill" / "routing_log.json").read_text()))
+    routing_log = RoutingLog.from_dict(
+        json.loads((tmp_path / "ill" / "routing_log.json").read_text())
+    )
     assert [step.step for step in routing_log.training] == [20, 40, 60, 80, 100]
-    assert str(metrics.diagnose(routing_log)) in done.stdout and "5 logged steps (20 to 100), 2 MoE layers" in done.stdout
+    assert (
+        str(diagnosis.diagnose(routing_log)) in done.stdout
+        and "5 logged steps (20 to 100), 2 MoE layers" in done.stdout
+    )
 
 
 def test_torchrun_with_two_ranks_gives_the_same_losses_and_resumes_in_one_process(tmp_path):
@@ -118,20 +199,28 @@ def test_torchrun_with_two_ranks_gives_the_same_losses_and_resumes_in_one_proces
     assert alone.returncode == 0 and losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert "2 processes, ep_size 2" in spread.stderr + spread.stdout
     more = run(ALONE, tmp_path / "second", "--steps", "8", "--resume")
-    assert more.returncode == 0 and [record["step"] for record in log(tmp_path / "second")] == list(range(1, 9))
+    assert more.returncode == 0 and [record["step"] for record in log(tmp_path / "second")] == list(
+        range(1, 9)
+    )
 
 
 def test_a_file_of_options_and_a_key_that_is_none(tmp_path):
     (tmp_path / "run.toml").write_text("steps = 2\nlearning_rate = 0.1\n")
     done = run(ALONE, tmp_path / "out", "--config", str(tmp_path / "run.toml"))
-    assert done.returncode == 2 and "unknown keys in PretrainConfig: learning_rate; known are steps, out" in done.stderr
+    assert (
+        done.returncode == 2
+        and "unknown keys in PretrainConfig: learning_rate; known are steps, out" in done.stderr
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_spread_experts_without_torchrun_is_an_error_of_one_line(tmp_path):
     done = run(ALONE, tmp_path / "out", "--ep-size", "2")
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "error: ep_size=2 needs 2 processes: torchrun --standalone --nproc-per-node 2 -m moe_core.pretrain" in done.stderr
+    assert (
+        "error: ep_size=2 needs 2 processes: torchrun --standalone --nproc-per-node 2 -m moe_tools.pretrain"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize("told", [0, 1])
@@ -146,7 +235,9 @@ def test_when_one_rank_is_told_to_stop_all_finish_the_step_save_and_end_well(tmp
 
 
 @pytest.mark.parametrize("victim", [3, 0])
-def test_when_a_rank_is_killed_in_a_step_the_others_end_and_name_it_and_the_checkpoint_is_whole(tmp_path, victim):
+def test_when_a_rank_is_killed_in_a_step_the_others_end_and_name_it_and_the_checkpoint_is_whole(
+    tmp_path, victim
+):
     with Ranks(4, tmp_path / "run", *ENDLESS, "--ep-size", "4") as ranks:
         ranks.after_a_checkpoint()
         ranks.processes[victim].kill()
@@ -155,7 +246,10 @@ def test_when_a_rank_is_killed_in_a_step_the_others_end_and_name_it_and_the_chec
         said = "\n".join(ranks.said(rank) for rank in others)
     assert codes == [1, 1, 1], said
     for rank, [message] in zip(others, messages, strict=True):
-        assert message.startswith(f"error: rank {rank}: rank {victim} of 4 gone or silent in step ") and "timeout 30 s" in message, said
+        assert (
+            message.startswith(f"error: rank {rank}: rank {victim} of 4 gone or silent in step ")
+            and "timeout 30 s" in message
+        ), said
         assert re.search(r"the last checkpoint is .*step-0000", message)
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") is not None
 

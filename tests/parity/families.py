@@ -18,7 +18,10 @@ from moe_core.routers.presets import preset
 
 # B, N, D, F, E, K, groups, kept groups: wide and narrow, odd sizes, one token, K = 1, K = E
 SHAPES = [
-    (2, 5, 16, 8, 8, 2, 4, 2), (1, 7, 12, 20, 12, 4, 3, 2), (3, 1, 32, 16, 16, 6, 4, 3), (2, 3, 10, 6, 4, 4, 2, 2),
+    (2, 5, 16, 8, 8, 2, 4, 2),
+    (1, 7, 12, 20, 12, 4, 3, 2),
+    (3, 1, 32, 16, 16, 6, 4, 3),
+    (2, 3, 10, 6, 4, 4, 2, 2),
     (1, 9, 8, 8, 6, 1, 3, 1),
 ]
 
@@ -27,65 +30,126 @@ SHAPES = [
 class Family:
     """How one Hugging Face block is built and read."""
 
-    module: str                # transformers.models.<module>
+    module: str  # transformers.models.<module>
     config: str
     block: str
-    sizes: dict                # names in the config -> letters of the shape, or values
-    gate: str = "gate"         # the block's router
+    sizes: dict  # names in the config -> letters of the shape, or values
+    gate: str = "gate"  # the block's router
     shared: str | None = None  # its shared expert, a gated MLP
-    transposed: bool = False   # expert weights (E, D, 2F) and (E, F, D)
+    transposed: bool = False  # expert weights (E, D, 2F) and (E, F, D)
     own_experts: bool = False  # moe_core.Experts has no such expert (biases, interleaved, clamped): both sides use the block's own
     float32_logits: bool = False  # the block computes logits in float32 whatever its dtype
     top_1_only: bool = False
     grouped: bool = False
 
     def shapes(self):
-        return [shape for shape in SHAPES if shape[5] == 1] + [(2, 8, 16, 8, 4, 1, 1, 1)] if self.top_1_only else SHAPES
+        return (
+            [shape for shape in SHAPES if shape[5] == 1] + [(2, 8, 16, 8, 4, 1, 1, 1)]
+            if self.top_1_only
+            else SHAPES
+        )
 
 
 COMMON = {"hidden_size": "D", "num_experts_per_tok": "K"}
 LOCAL = {**COMMON, "intermediate_size": "F", "num_local_experts": "E"}
 DEEPSEEK = {
-    **COMMON, "num_attention_heads": 2, "num_key_value_heads": 2, "moe_intermediate_size": "F", "n_routed_experts": "E",
+    **COMMON,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": "F",
+    "n_routed_experts": "E",
     "n_shared_experts": 2,
 }
 FAMILIES = {
     "mixtral": Family("mixtral", "MixtralConfig", "MixtralSparseMoeBlock", LOCAL),
-    "olmoe": Family("olmoe", "OlmoeConfig", "OlmoeSparseMoeBlock", {**COMMON, "intermediate_size": "F", "num_experts": "E"}),
+    "olmoe": Family(
+        "olmoe",
+        "OlmoeConfig",
+        "OlmoeSparseMoeBlock",
+        {**COMMON, "intermediate_size": "F", "num_experts": "E"},
+    ),
     "qwen2_moe": Family(
-        "qwen2_moe", "Qwen2MoeConfig", "Qwen2MoeSparseMoeBlock",
-        {**COMMON, "moe_intermediate_size": "F", "shared_expert_intermediate_size": 14, "num_experts": "E"}, shared="shared_expert",
+        "qwen2_moe",
+        "Qwen2MoeConfig",
+        "Qwen2MoeSparseMoeBlock",
+        {
+            **COMMON,
+            "moe_intermediate_size": "F",
+            "shared_expert_intermediate_size": 14,
+            "num_experts": "E",
+        },
+        shared="shared_expert",
     ),
     "qwen3_moe": Family(
-        "qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeSparseMoeBlock",
+        "qwen3_moe",
+        "Qwen3MoeConfig",
+        "Qwen3MoeSparseMoeBlock",
         {**COMMON, "moe_intermediate_size": "F", "num_experts": "E", "norm_topk_prob": True},
     ),
     "granite": Family("granitemoe", "GraniteMoeConfig", "GraniteMoeMoE", LOCAL, gate="router"),
-    "gpt_oss": Family("gpt_oss", "GptOssConfig", "GptOssMLP", LOCAL, gate="router", own_experts=True),
+    "gpt_oss": Family(
+        "gpt_oss", "GptOssConfig", "GptOssMLP", LOCAL, gate="router", own_experts=True
+    ),
     "llama4": Family(
-        "llama4", "Llama4TextConfig", "Llama4TextMoe", LOCAL, gate="router", shared="shared_expert", transposed=True,
+        "llama4",
+        "Llama4TextConfig",
+        "Llama4TextMoe",
+        LOCAL,
+        gate="router",
+        shared="shared_expert",
+        transposed=True,
     ),
     "deepseek_v2": Family(
-        "deepseek_v2", "DeepseekV2Config", "DeepseekV2Moe",
-        {**DEEPSEEK, "n_group": "G", "topk_group": "g", "topk_method": "group_limited_greedy", "routed_scaling_factor": 16.0},
-        shared="shared_experts", float32_logits=True, grouped=True,
+        "deepseek_v2",
+        "DeepseekV2Config",
+        "DeepseekV2Moe",
+        {
+            **DEEPSEEK,
+            "n_group": "G",
+            "topk_group": "g",
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 16.0,
+        },
+        shared="shared_experts",
+        float32_logits=True,
+        grouped=True,
     ),
     "deepseek_v3": Family(
-        "deepseek_v3", "DeepseekV3Config", "DeepseekV3MoE", {**DEEPSEEK, "n_group": "G", "topk_group": "g"},
-        shared="shared_experts", float32_logits=True, grouped=True,
+        "deepseek_v3",
+        "DeepseekV3Config",
+        "DeepseekV3MoE",
+        {**DEEPSEEK, "n_group": "G", "topk_group": "g"},
+        shared="shared_experts",
+        float32_logits=True,
+        grouped=True,
     ),
     "deepseek_v4": Family(  # a limit beyond reach: moe_core's experts do not clamp
-        "deepseek_v4", "DeepseekV4Config", "DeepseekV4SparseMoeBlock",
-        {**COMMON, "moe_intermediate_size": "F", "n_routed_experts": "E", "swiglu_limit": 1e9}, shared="shared_experts",
+        "deepseek_v4",
+        "DeepseekV4Config",
+        "DeepseekV4SparseMoeBlock",
+        {**COMMON, "moe_intermediate_size": "F", "n_routed_experts": "E", "swiglu_limit": 1e9},
+        shared="shared_experts",
     ),
     "switch": Family(
-        "switch_transformers", "SwitchTransformersConfig", "SwitchTransformersSparseMLP",
-        {"d_model": "D", "d_ff": "F", "num_experts": "E", "expert_capacity": 10**6, "dropout_rate": 0.0}, gate="router",
-        float32_logits=True, top_1_only=True,
+        "switch_transformers",
+        "SwitchTransformersConfig",
+        "SwitchTransformersSparseMLP",
+        {
+            "d_model": "D",
+            "d_ff": "F",
+            "num_experts": "E",
+            "expert_capacity": 10**6,
+            "dropout_rate": 0.0,
+        },
+        gate="router",
+        float32_logits=True,
+        top_1_only=True,
     ),
 }
 CASES = [
-    (name, shape, seed, dtype) for name, family in FAMILIES.items() for shape in family.shapes()
+    (name, shape, seed, dtype)
+    for name, family in FAMILIES.items()
+    for shape in family.shapes()
     for seed, dtype in [(0, torch.float32), (1, torch.float32), (2, torch.bfloat16)]
 ]
 
@@ -94,8 +158,13 @@ def hf_config(name: str, shape: tuple, **changes):
     """The config of a model with such blocks."""
     family = FAMILIES[name]
     letters = dict(zip(("B", "N", "D", "F", "E", "K", "G", "g"), shape))
-    sizes = {key: letters.get(value, value) if isinstance(value, str) else value for key, value in family.sizes.items()}
-    config = getattr(import_module(f"transformers.models.{family.module}"), family.config)(**{**sizes, **changes})
+    sizes = {
+        key: letters.get(value, value) if isinstance(value, str) else value
+        for key, value in family.sizes.items()
+    }
+    config = getattr(import_module(f"transformers.models.{family.module}"), family.config)(
+        **{**sizes, **changes}
+    )
     config._experts_implementation = "eager"
     return config
 
@@ -104,11 +173,19 @@ def hf_block(name: str, shape: tuple, seed: int = 0, **changes) -> nn.Module:
     """A block with every parameter and bias drawn at random, none of them zero; in eval mode."""
     family, config = FAMILIES[name], hf_config(name, shape, **changes)
     models = import_module(f"transformers.models.{family.module}.modeling_{family.module}")
-    block = getattr(models, family.block)(config, *([config.mlp_layer_types.index("moe")] if name == "deepseek_v4" else []))
+    block = getattr(models, family.block)(
+        config, *([config.mlp_layer_types.index("moe")] if name == "deepseek_v4" else [])
+    )
     generator = torch.Generator().manual_seed(seed)
     for key, tensor in [*block.named_parameters(), *block.named_buffers()]:
-        size = 0.5 if "bias" in key else 1 / tensor.shape[-2 if family.transposed and tensor.ndim == 3 else -1] ** 0.5
-        tensor.data.normal_(0, 2 * size if ".weight" in key and family.gate in key else size, generator=generator)
+        size = (
+            0.5
+            if "bias" in key
+            else 1 / tensor.shape[-2 if family.transposed and tensor.ndim == 3 else -1] ** 0.5
+        )
+        tensor.data.normal_(
+            0, 2 * size if ".weight" in key and family.gate in key else size, generator=generator
+        )
     return block.eval()
 
 
@@ -124,12 +201,22 @@ class Pair:
         block: theirs. router, experts, shared: ours (experts is None where moe_core has none of this kind).
     """
 
-    def __init__(self, name: str, shape: tuple, seed: int = 0, *, capacity: CapacityRule | None = None, **changes):
+    def __init__(
+        self,
+        name: str,
+        shape: tuple,
+        seed: int = 0,
+        *,
+        capacity: CapacityRule | None = None,
+        **changes,
+    ):
         self.name, self.family, self.shape = name, FAMILIES[name], shape
         self.block = hf_block(name, shape, seed, **changes)
         B, N, D, F, E, K, G, g = shape
         groups = {"n_groups": G, "topk_groups": g} if self.family.grouped else {}
-        self.router: TopKRouter = preset(name, d_model=D, n_experts=E, top_k=K, **groups, capacity_factor=capacity).eval()
+        self.router: TopKRouter = preset(
+            name, d_model=D, n_experts=E, top_k=K, **groups, capacity_factor=capacity
+        ).eval()
         self.router.load_state_dict(self.router_state())
         self.experts = None if self.family.own_experts else self._experts(D, F, E)
         self.shared = self._shared(D) if self.family.shared else None
@@ -144,7 +231,12 @@ class Pair:
 
     def router_state(self) -> dict:
         """The block's router in our names."""
-        names = {"weight": "weight", "classifier.weight": "weight", "bias": "bias", "e_score_correction_bias": "expert_bias"}
+        names = {
+            "weight": "weight",
+            "classifier.weight": "weight",
+            "bias": "bias",
+            "e_score_correction_bias": "expert_bias",
+        }
         return {names[key]: value for key, value in self.gate.state_dict().items()}
 
     def _experts(self, D, F, E) -> Experts:
@@ -164,7 +256,9 @@ class Pair:
         theirs = getattr(self.block, self.family.shared)
         ours = FeedForward(D, theirs.down_proj.weight.shape[-1])
         gate_up = torch.cat([theirs.gate_proj.weight, theirs.up_proj.weight])
-        ours.load_state_dict({"gate_up_proj.weight": gate_up, "down_proj.weight": theirs.down_proj.weight})
+        ours.load_state_dict(
+            {"gate_up_proj.weight": gate_up, "down_proj.weight": theirs.down_proj.weight}
+        )
         return ours
 
     def their_routing(self, x: Tensor) -> SimpleNamespace:
@@ -172,7 +266,11 @@ class Pair:
         it gives any (their order within a token means nothing in DeepSeek: sorted=False)."""
         if self.name == "switch":
             one_hot, probability, logits = self.gate(x)
-            return SimpleNamespace(logits=logits.flatten(0, 1), dense=(one_hot * probability).flatten(0, 1), indices=None)
+            return SimpleNamespace(
+                logits=logits.flatten(0, 1),
+                dense=(one_hot * probability).flatten(0, 1),
+                indices=None,
+            )
         flat = x.flatten(0, 1)
         if self.name == "llama4":
             dense, logits = self.gate(flat)
@@ -206,7 +304,9 @@ pair_of = cache(Pair)  # for tests that change nothing in it
 def dense(routing: Routing) -> Tensor:
     """The weights of a routing as (T, E), 0 for experts that are not chosen or not kept."""
     weights = routing.expert_weights * routing.capacity_mask
-    return torch.zeros_like(routing.scores).scatter(-1, routing.expert_indices, weights).flatten(0, 1)
+    return (
+        torch.zeros_like(routing.scores).scatter(-1, routing.expert_indices, weights).flatten(0, 1)
+    )
 
 
 def gap(ours: Tensor, theirs: Tensor) -> float:

@@ -8,27 +8,62 @@ from torch import Tensor, nn
 from .families import FAMILIES, hf_config
 
 VOCABULARY = 40
-COMMON = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "eos_token_id": None}
+COMMON = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "eos_token_id": None,
+}
 LATENT = {
-    "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
 }
 FIRST_LAYER_DENSE = {"num_hidden_layers": 3, "first_k_dense_replace": 1, "intermediate_size": 24}
 MODELS = {  # class, and what its config needs besides the sizes of the block
-    "mixtral": ("MixtralForCausalLM", COMMON), "olmoe": ("OlmoeForCausalLM", COMMON), "qwen2_moe": ("Qwen2MoeForCausalLM", COMMON),
-    "qwen3_moe": ("Qwen3MoeForCausalLM", COMMON), "granite": ("GraniteMoeForCausalLM", COMMON),
+    "mixtral": ("MixtralForCausalLM", COMMON),
+    "olmoe": ("OlmoeForCausalLM", COMMON),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", COMMON),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", COMMON),
+    "granite": ("GraniteMoeForCausalLM", COMMON),
     "gpt_oss": ("GptOssForCausalLM", {**COMMON, "swiglu_limit": 0.5}),
     "llama4": ("Llama4ForCausalLM", {**COMMON, "intermediate_size_mlp": 24}),
     "deepseek_v2": ("DeepseekV2ForCausalLM", {**COMMON, **LATENT, **FIRST_LAYER_DENSE}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", {**COMMON, **LATENT, **FIRST_LAYER_DENSE}),
-    "deepseek_v4": ("DeepseekV4ForCausalLM", {  # three layers route by a table, two by a router
-        "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 8,
-        "o_lora_rank": 8, "o_groups": 2, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4, "hc_mult": 2,
-        "swiglu_limit": 0.5,
-    }),
-    "switch": ("SwitchTransformersForConditionalGeneration", {
-        "num_layers": 4, "num_decoder_layers": 4, "num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2, "num_heads": 4,
-        "d_kv": 8, "expert_capacity": 3, "router_jitter_noise": 0.0,
-    }),
+    "deepseek_v4": (
+        "DeepseekV4ForCausalLM",
+        {  # three layers route by a table, two by a router
+            "num_hidden_layers": 5,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "q_lora_rank": 8,
+            "o_lora_rank": 8,
+            "o_groups": 2,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_topk": 4,
+            "hc_mult": 2,
+            "swiglu_limit": 0.5,
+        },
+    ),
+    "switch": (
+        "SwitchTransformersForConditionalGeneration",
+        {
+            "num_layers": 4,
+            "num_decoder_layers": 4,
+            "num_sparse_encoder_layers": 2,
+            "num_sparse_decoder_layers": 2,
+            "num_heads": 4,
+            "d_kv": 8,
+            "expert_capacity": 3,
+            "router_jitter_noise": 0.0,
+        },
+    ),
 }
 LAYERS = {"switch": 4, "deepseek_v4": 5}  # MoE layers; 2 in the others
 SHAPE = (2, 9, 32, 16, 8, 2, 4, 2)  # D = 2F: gate_up_proj is square
@@ -40,7 +75,9 @@ def hf_model(name: str) -> nn.Module:
     config = hf_config(name, SHAPE, vocab_size=VOCABULARY, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        models = import_module(f"transformers.models.{FAMILIES[name].module}.modeling_{FAMILIES[name].module}")
+        models = import_module(
+            f"transformers.models.{FAMILIES[name].module}.modeling_{FAMILIES[name].module}"
+        )
         model = getattr(models, cls)(config)
         for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "tid2eid" in key:

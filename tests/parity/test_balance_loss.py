@@ -26,7 +26,9 @@ def test_one_layers_loss_is_theirs_after_conversion_value_and_gradient(n_experts
     padding_mask = torch.arange(7) < torch.tensor([7, 4, 1]).view(3, 1) if padded else None
     gradients, values = [], []
     for loss in (
-        lambda r: losses.convert_loss(losses.load_balance(r), "moe_core", "huggingface", n_experts=n_experts, top_k=top_k),
+        lambda r: losses.convert_loss(
+            losses.load_balance(r), "moe_core", "huggingface", n_experts=n_experts, top_k=top_k
+        ),
         lambda r: theirs([r], top_k, padding_mask),
     ):
         router, routing = routed(n_experts, top_k, 0, padding_mask)
@@ -42,7 +44,12 @@ def test_of_two_layers_collapsed_in_opposite_ways_theirs_sees_a_balanced_one():
     for expert in (0, 1):
         router = TopKRouter(1, 2, 1)
         with torch.no_grad():
-            router.weight.copy_(torch.tensor([[50.0], [-50.0]] if expert == 0 else [[-50.0], [50.0]]))
+            router.weight.copy_(
+                torch.tensor([[50.0], [-50.0]] if expert == 0 else [[-50.0], [50.0]])
+            )
         layers.append(router(torch.ones(1, 4, 1)))
     assert theirs(layers, 1).item() == pytest.approx(1)
-    assert [losses.load_balance(layer).item() for layer in layers] == [pytest.approx(2), pytest.approx(2)]
+    assert [losses.load_balance(layer).item() for layer in layers] == [
+        pytest.approx(2),
+        pytest.approx(2),
+    ]

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_core import MixtureOfExperts
-from moe_core.accounting import ModelSpec
-from moe_core.design import Budget, design
-from moe_core.interop.families import config_of
+from moe_tools.accounting import ModelSpec
+from moe_tools.design import Budget, design
+from moe_tools.interop.families import config_of
 
 BUDGETS = {
     "1.5B": Budget(active=1.5e9, tokens=200e9, gpus=64),
@@ -39,7 +39,9 @@ def test_the_emitted_config_loads_and_has_the_parameters_of_the_spec(name, route
     assert ModelSpec.from_hf(config) == ModelSpec.from_hf(made.hf_config()) == made.spec
 
 
-@pytest.mark.parametrize("router, top_k", [("loss_free", 2), ("topk", 2), ("loss_free", 1), ("topk", 1)])
+@pytest.mark.parametrize(
+    "router, top_k", [("loss_free", 2), ("topk", 2), ("loss_free", 1), ("topk", 1)]
+)
 def test_the_emitted_config_runs_forward_and_backward(router, top_k, tmp_path):
     made = design(replace(TINY, router=router, top_k=top_k))
     torch.manual_seed(0)
@@ -48,7 +50,11 @@ def test_the_emitted_config_runs_forward_and_backward(router, top_k, tmp_path):
     out = model(tokens, labels=tokens)
     assert out.logits.shape == (2, 64, 256) and torch.isfinite(out.loss)
     out.loss.backward()
-    gates = [parameter.grad for name, parameter in model.named_parameters() if name.endswith("mlp.gate.weight")]
+    gates = [
+        parameter.grad
+        for name, parameter in model.named_parameters()
+        if name.endswith("mlp.gate.weight")
+    ]
     assert len(gates) == made.shape.n_layers and all(grad.abs().sum() > 0 for grad in gates)
 
 
@@ -61,7 +67,9 @@ def test_the_balance_loss_has_our_strength_in_their_convention(tmp_path):
         if name.endswith("mlp.gate.weight"):
             parameter.data.zero_()  # equal scores: the mean score of every expert is 1/E, whatever is chosen
     out = model(torch.randint(256, (2, 64)), labels=torch.randint(256, (2, 64)))
-    assert float(config.router_aux_loss_coef * out.aux_loss.detach()) == pytest.approx(made.moe.aux_loss_weight, rel=1e-5)
+    assert float(config.router_aux_loss_coef * out.aux_loss.detach()) == pytest.approx(
+        made.moe.aux_loss_weight, rel=1e-5
+    )
 
 
 def drawn_block(made, tmp_path):
@@ -79,7 +87,9 @@ def drawn_block(made, tmp_path):
 def test_the_layer_config_is_the_one_that_interop_reads_off_the_emitted_model(tmp_path):
     made = design(replace(TINY, router="topk"))
     block, config = drawn_block(made, tmp_path)
-    assert replace(config_of(block, config), aux_loss_weight=0.01, z_loss_weight=0.001) == made.moe  # losses are no part of a block
+    assert (
+        replace(config_of(block, config), aux_loss_weight=0.01, z_loss_weight=0.001) == made.moe
+    )  # losses are no part of a block
 
 
 @pytest.mark.parametrize("router, top_k", [("loss_free", 4), ("topk", 4), ("loss_free", 1)])
@@ -88,7 +98,11 @@ def test_our_layer_and_the_emitted_block_give_the_same_numbers(router, top_k, tm
     block, _ = drawn_block(made, tmp_path)
     theirs = block.state_dict()
     moe = MixtureOfExperts(made.moe).eval()
-    names = {"router.weight": "gate.weight", "experts.gate_up_proj": "experts.gate_up_proj", "experts.down_proj": "experts.down_proj"}
+    names = {
+        "router.weight": "gate.weight",
+        "experts.gate_up_proj": "experts.gate_up_proj",
+        "experts.down_proj": "experts.down_proj",
+    }
     ours = {name: theirs[there] for name, there in names.items()}
     if router == "loss_free":
         ours["router.expert_bias"] = theirs["gate.e_score_correction_bias"]
@@ -106,13 +120,20 @@ def test_with_groups_our_layer_and_the_emitted_block_choose_alike(tmp_path):
     """The node limit of a large design, on a small width: the groups are what is compared."""
     big = design(BUDGETS["node limit"])
     options = big.moe.router_options
-    values = {**design(TINY).hf_config(), "n_routed_experts": big.shape.n_experts, "num_experts_per_tok": big.shape.top_k,
-              "n_group": options["n_groups"], "topk_group": options["topk_groups"]}
+    values = {
+        **design(TINY).hf_config(),
+        "n_routed_experts": big.shape.n_experts,
+        "num_experts_per_tok": big.shape.top_k,
+        "n_group": options["n_groups"],
+        "topk_group": options["topk_groups"],
+    }
     (tmp_path / "config.json").write_text(json.dumps(values))
     config = AutoConfig.from_pretrained(tmp_path)
     torch.manual_seed(0)
     block = AutoModelForCausalLM.from_config(config).model.layers[0].mlp
-    moe = MixtureOfExperts(replace(big.moe, d_model=values["hidden_size"], d_ff=values["moe_intermediate_size"]))
+    moe = MixtureOfExperts(
+        replace(big.moe, d_model=values["hidden_size"], d_ff=values["moe_intermediate_size"])
+    )
     with torch.no_grad():
         block.gate.weight.normal_()
         block.gate.e_score_correction_bias.normal_(0, 0.1)
@@ -121,8 +142,10 @@ def test_with_groups_our_layer_and_the_emitted_block_choose_alike(tmp_path):
         x = torch.randn(1, 64, values["hidden_size"])
         routing = moe.router(x)
         _, weights, indices = block.gate(x)
-    ours, theirs = (torch.zeros(64, big.shape.n_experts).scatter(1, i, w) for i, w in
-                    ((routing.expert_indices[0], routing.expert_weights[0]), (indices, weights)))
+    ours, theirs = (
+        torch.zeros(64, big.shape.n_experts).scatter(1, i, w)
+        for i, w in ((routing.expert_indices[0], routing.expert_weights[0]), (indices, weights))
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     groups = (ours.view(64, options["n_groups"], -1).sum(-1) > 0).sum(-1)
     assert int(groups.max()) <= options["topk_groups"]

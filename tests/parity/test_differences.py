@@ -24,9 +24,15 @@ def test_every_row_is_true_of_the_hugging_face_block(name):
     def weigh(logits_TE):
         return pair.their_routing(logits_TE.unsqueeze(0)).dense
 
-    theirs = measure(weigh, N_EXPERTS, bias=getattr(pair.gate, "bias", None),
-                     expert_bias=getattr(pair.gate, "e_score_correction_bias", None), n_groups=router.n_groups)
+    theirs = measure(
+        weigh,
+        N_EXPERTS,
+        bias=getattr(pair.gate, "bias", None),
+        expert_bias=getattr(pair.gate, "e_score_correction_bias", None),
+        n_groups=router.n_groups,
+    )
     ours = asdict(ROWS[name]["facts"])
     assert {key: value for key, value in asdict(theirs).items()} == {
-        key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value for key, value in ours.items()
+        key: pytest.approx(value, rel=1e-5) if isinstance(value, float) else value
+        for key, value in ours.items()
     }

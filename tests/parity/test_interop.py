@@ -5,26 +5,41 @@ import copy
 import pytest
 import torch
 
-from moe_core.interop import hf
-from moe_core.interop.blocks import read
+from moe_tools.interop import hf
+from moe_tools.interop.blocks import read
 
 from .families import FAMILIES, SHAPES, gap, hf_block, hf_config, randn
 from .models import LAYERS, MODELS, hf_model, router_logits, run
 
 EVERY_FAMILY = pytest.mark.parametrize("name", FAMILIES)
-SHAPE = {name: (2, 9, 16, 8, 16, 1 if family.top_1_only else 4, 4, 2) for name, family in FAMILIES.items()}  # D = 2F
+SHAPE = {
+    name: (2, 9, 16, 8, 16, 1 if family.top_1_only else 4, 4, 2)
+    for name, family in FAMILIES.items()
+}  # D = 2F
 QUIET = {"switch": {"router_jitter_noise": 0.0}}  # without what is random in training
 VARIANTS = [
     *[(name, shape, {}) for name, family in FAMILIES.items() for shape in family.shapes()],
-    ("mixtral", SHAPES[0], {"hidden_act": "gelu"}), ("olmoe", SHAPES[0], {"norm_topk_prob": True, "hidden_act": "relu"}),
+    ("mixtral", SHAPES[0], {"hidden_act": "gelu"}),
+    ("olmoe", SHAPES[0], {"norm_topk_prob": True, "hidden_act": "relu"}),
     ("qwen2_moe", SHAPES[0], {"norm_topk_prob": True, "shared_expert_intermediate_size": 8}),
     ("qwen3_moe", SHAPES[0], {"norm_topk_prob": False}),
-    ("gpt_oss", SHAPES[0], {"swiglu_limit": 0.3}), ("deepseek_v4", SHAPES[0], {"swiglu_limit": 0.3}),
-    ("deepseek_v2", SHAPES[0], {"topk_method": "greedy", "n_group": None, "topk_group": None, "routed_scaling_factor": 1.5}),
+    ("gpt_oss", SHAPES[0], {"swiglu_limit": 0.3}),
+    ("deepseek_v4", SHAPES[0], {"swiglu_limit": 0.3}),
+    (
+        "deepseek_v2",
+        SHAPES[0],
+        {
+            "topk_method": "greedy",
+            "n_group": None,
+            "topk_group": None,
+            "routed_scaling_factor": 1.5,
+        },
+    ),
     ("deepseek_v2", SHAPES[0], {"n_shared_experts": 1}),
     ("deepseek_v3", SHAPES[0], {"norm_topk_prob": False, "n_shared_experts": 3}),
     ("deepseek_v3", SHAPES[0], {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0}),
-    ("switch", (3, 8, 16, 8, 4, 1, 1, 1), {"router_bias": True}), ("switch", (3, 8, 16, 8, 4, 1, 1, 1), {"expert_capacity": 2}),
+    ("switch", (3, 8, 16, 8, 4, 1, 1, 1), {"router_bias": True}),
+    ("switch", (3, 8, 16, 8, 4, 1, 1, 1), {"expert_capacity": 2}),
     ("switch", (3, 8, 16, 8, 4, 1, 1, 1), {"dense_act_fn": "gelu"}),
 ]
 
@@ -42,7 +57,10 @@ def output_of(block, x, *more):
 
 
 def gradients(module):
-    return {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in module.named_parameters()}
+    return {
+        key: torch.zeros_like(p) if p.grad is None else p.grad
+        for key, p in module.named_parameters()
+    }
 
 
 def close(ours, theirs):
@@ -55,7 +73,9 @@ def test_outputs_and_all_gradients_are_equal(name, shape, changes, seed, trainin
     block, config, moe = theirs(name, shape, seed, **changes)
     block.train(training), moe.train(training)
     x = randn(*shape[:3], seed=seed)
-    gamma = max(1.0, getattr(config, "routed_scaling_factor", 1.0))  # DeepSeek-V2's outputs are of the order of 16
+    gamma = max(
+        1.0, getattr(config, "routed_scaling_factor", 1.0)
+    )  # DeepSeek-V2's outputs are of the order of 16
     loss_of = randn(*shape[:3], seed=seed + 7) / gamma
     our_x, their_x = x.clone().requires_grad_(), x.clone().requires_grad_()
     y, routing = moe(our_x)
@@ -72,17 +92,30 @@ def test_outputs_and_all_gradients_are_equal(name, shape, changes, seed, trainin
 
 
 def test_a_layer_of_deepseek_v4_that_looks_experts_up():
-    shape, layers = SHAPE["deepseek_v4"], {"mlp_layer_types": ["hash_moe", "moe"], "num_hidden_layers": 2}
+    shape, layers = (
+        SHAPE["deepseek_v4"],
+        {"mlp_layer_types": ["hash_moe", "moe"], "num_hidden_layers": 2},
+    )
     config = hf_config("deepseek_v4", shape, vocab_size=30, swiglu_limit=0.3, **layers)
     from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4SparseMoeBlock
 
     block = DeepseekV4SparseMoeBlock(config, 0).eval()
     for index, (key, tensor) in enumerate(block.state_dict().items()):
         random = randn(*tensor.shape, seed=index)
-        tensor.copy_(randn(30, shape[4], seed=9).topk(shape[5]).indices if "tid2eid" in key else random / tensor.shape[-1] ** 0.5)
-    moe, x, ids = hf.from_block(block, config), randn(*shape[:3], seed=0), torch.arange(18).view(2, 9)
+        tensor.copy_(
+            randn(30, shape[4], seed=9).topk(shape[5]).indices
+            if "tid2eid" in key
+            else random / tensor.shape[-1] ** 0.5
+        )
+    moe, x, ids = (
+        hf.from_block(block, config),
+        randn(*shape[:3], seed=0),
+        torch.arange(18).view(2, 9),
+    )
     y, routing = moe(x, token_ids=ids)
-    assert close(y, block(x, ids)) and torch.equal(routing.check().expert_indices, block.gate.tid2eid[ids])
+    assert close(y, block(x, ids)) and torch.equal(
+        routing.check().expert_indices, block.gate.tid2eid[ids]
+    )
 
 
 @EVERY_FAMILY
@@ -128,7 +161,10 @@ def test_the_copy_is_independent_and_has_the_blocks_dtype_mode_and_frozen_parts(
 
 def test_in_bfloat16_outputs_differ_by_its_precision_where_the_same_experts_are_chosen():
     block = hf_block("mixtral", SHAPE["mixtral"]).bfloat16()
-    moe, x = hf.from_block(block, hf_config("mixtral", SHAPE["mixtral"])), randn(4, 50, 16, seed=0, dtype=torch.bfloat16)
+    moe, x = (
+        hf.from_block(block, hf_config("mixtral", SHAPE["mixtral"])),
+        randn(4, 50, 16, seed=0, dtype=torch.bfloat16),
+    )
     (y, routing), (_, _, indices) = moe(x), block.gate(x)
     same = (routing.expert_indices == indices.view(4, 50, -1)).all(-1)
     assert same.float().mean() > 0.9 and y.dtype == torch.bfloat16
@@ -136,9 +172,15 @@ def test_in_bfloat16_outputs_differ_by_its_precision_where_the_same_experts_are_
 
 
 def test_switchs_dropout_and_jitter_are_carried_over():
-    block, config = hf_block("switch", SHAPE["switch"], dropout_rate=0.25), hf_config("switch", SHAPE["switch"], dropout_rate=0.25)
+    block, config = (
+        hf_block("switch", SHAPE["switch"], dropout_rate=0.25),
+        hf_config("switch", SHAPE["switch"], dropout_rate=0.25),
+    )
     moe = hf.from_block(block, config)
-    assert moe.experts.dropout == 0.25 and moe.router.jitter_noise == config.router_jitter_noise == 0.01
+    assert (
+        moe.experts.dropout == 0.25
+        and moe.router.jitter_noise == config.router_jitter_noise == 0.01
+    )
     x = randn(*SHAPE["switch"][:3], seed=0)
     assert close(moe(x)[0], output_of(block, x))  # in eval neither does anything
     assert gap(moe.train()(x)[0], moe(x)[0]) > 1e-3
@@ -155,7 +197,9 @@ def test_a_converted_model_gives_the_same_logits_and_router_logits(name, ran_bef
     if ran_before:  # transformers hangs its hooks onto the routers when it first runs
         run(model)
     assert hf.convert(model) is model
-    assert sum(isinstance(module, hf.ConvertedBlock) for module in model.modules()) == LAYERS.get(name, 2)
+    assert sum(isinstance(module, hf.ConvertedBlock) for module in model.modules()) == LAYERS.get(
+        name, 2
+    )
     assert not any(type(module).__name__ in hf.FAMILIES for module in model.modules())
     output = run(model)
     assert expected.logits.abs().max() > 0.5 and gap(output.logits, expected.logits) <= 1e-4
@@ -176,12 +220,19 @@ def test_a_converted_model_trains_as_before_and_can_be_restored(name):
         run(module, labels=labels).loss.backward()
         optimizer.step()
     hf.restore(model)
-    assert [type(module) for module in model.modules()] == [type(module) for module in original.modules()]
+    assert [type(module) for module in model.modules()] == [
+        type(module) for module in original.modules()
+    ]
     expected, before = original.state_dict(), hf_model(name).state_dict()
-    assert list(model.state_dict()) == list(expected) and any(gap(expected[key], before[key]) > 1e-3 for key in expected)
+    assert list(model.state_dict()) == list(expected) and any(
+        gap(expected[key], before[key]) > 1e-3 for key in expected
+    )
     for key, tensor in model.state_dict().items():
         assert gap(tensor, expected[key]) <= 1e-4 and tensor.is_contiguous(), key
-    assert all(parameter.device.type == "cpu" and parameter.requires_grad for parameter in model.parameters())
+    assert all(
+        parameter.device.type == "cpu" and parameter.requires_grad
+        for parameter in model.parameters()
+    )
     assert gap(run(model.eval()).logits, run(original.eval()).logits) <= 1e-3
 
 
@@ -204,6 +255,8 @@ def test_a_converted_model_generates_the_same_tokens_and_shows_its_routings():
     routings = []
     for module in model.modules():
         if isinstance(module, hf.ConvertedBlock):
-            module.moe.register_forward_hook(lambda module, args, output: routings.append(output[1].check()))
+            module.moe.register_forward_hook(
+                lambda module, args, output: routings.append(output[1].check())
+            )
     assert torch.equal(model.generate(tokens, max_new_tokens=5, do_sample=False), expected)
     assert len(routings) == 2 * 5 and repr(model)

@@ -35,5 +35,7 @@ def check(number: str, answer) -> Verdict:
     chapter = number.split(".")[0]
     known = exercises(int(chapter)) if chapter.isdigit() else {}
     if number not in known:
-        raise ValueError(f"exercise={number!r} must be one of {', '.join(known) or '1.1, 1.2, ...'}")
+        raise ValueError(
+            f"exercise={number!r} must be one of {', '.join(known) or '1.1, 1.2, ...'}"
+        )
     return known[number].check(answer)

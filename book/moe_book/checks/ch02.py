@@ -28,7 +28,13 @@ def _masked_with_zeros(h_E, top, index):
 # 2.2: the gradient that reaches each logit
 _h, _f = torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 3.0, 10.0])
 _h2, _f2 = torch.tensor([0.3, -0.8, 1.1, 0.9]), torch.tensor([2.0, -1.0, 0.5, 4.0])
-_GRADIENTS = ((_h, _f, 2, True), (_h2, _f2, 2, False), (_h2, _f2, 3, True), (_h, _f, 1, True), (_h2, _f2, 1, False))
+_GRADIENTS = (
+    (_h, _f, 2, True),
+    (_h2, _f2, 2, False),
+    (_h2, _f2, 3, True),
+    (_h, _f, 1, True),
+    (_h2, _f2, 1, False),
+)
 
 
 def _parts(h_E, f_E, K, norm):
@@ -67,7 +73,9 @@ def _all_outputs(h_E, f_E, K, norm):
 # 2.3: how sure is the router
 _generator = torch.Generator().manual_seed(2)
 _h_TE = 2 * torch.randn(6, 4, generator=_generator)
-_sure = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0]])  # each token is sure, the load is even
+_sure = torch.tensor(
+    [[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0]]
+)  # each token is sure, the load is even
 
 
 def _token_entropy(p_TE):
@@ -104,81 +112,178 @@ _flipped = flipped(_STATEMENTS)
 
 EXERCISES = (
     Exercise(
-        "2.1", right=_route(lambda h, top, index: torch.softmax(top, 0)), cases=((_logits, 2), (_negative, 2), (_negative, 3)),
+        "2.1",
+        right=_route(lambda h, top, index: torch.softmax(top, 0)),
+        cases=((_logits, 2), (_negative, 2), (_negative, 3)),
         praise="Choose first, then a softmax over the chosen: the same as the softmax over all, renormalised.",
         ideas=(
-            Idea("not renormalised", _route(lambda h, top, index: torch.softmax(h, 0)[index]), "Your weights are probabilities over all "
-                 "experts and do not sum to 1. That is norm_topk_prob=False; here the K weights must sum to 1. Reread section 2.2."),
-            Idea("softmax twice", _route(lambda h, top, index: torch.softmax(torch.softmax(h, 0)[index], 0)), "You applied a softmax to "
-                 "probabilities. They lie between 0 and 1, so the second softmax makes them almost equal. Apply it to logits, once. "
-                 "Reread section 2.2."),
-            Idea("masked with zeros", _route(_masked_with_zeros), "You set the logits of the others to 0 before the softmax. But e to the "
-                 "0 is 1, not 0: they still take part, and with negative logits they even win. Use -inf, or only the K logits. "
-                 "Reread section 2.2."),
-            Idea("equal weights", _route(lambda h, top, index: torch.full_like(top, 1 / len(top))), "All your weights are 1/K. Then no "
-                 "gradient reaches the router: the weights are its only way. Reread section 2.7."),
+            Idea(
+                "not renormalised",
+                _route(lambda h, top, index: torch.softmax(h, 0)[index]),
+                "Your weights are probabilities over all "
+                "experts and do not sum to 1. That is norm_topk_prob=False; here the K weights must sum to 1. Reread section 2.2.",
+            ),
+            Idea(
+                "softmax twice",
+                _route(lambda h, top, index: torch.softmax(torch.softmax(h, 0)[index], 0)),
+                "You applied a softmax to "
+                "probabilities. They lie between 0 and 1, so the second softmax makes them almost equal. Apply it to logits, once. "
+                "Reread section 2.2.",
+            ),
+            Idea(
+                "masked with zeros",
+                _route(_masked_with_zeros),
+                "You set the logits of the others to 0 before the softmax. But e to the "
+                "0 is 1, not 0: they still take part, and with negative logits they even win. Use -inf, or only the K logits. "
+                "Reread section 2.2.",
+            ),
+            Idea(
+                "equal weights",
+                _route(lambda h, top, index: torch.full_like(top, 1 / len(top))),
+                "All your weights are 1/K. Then no "
+                "gradient reaches the router: the weights are its only way. Reread section 2.7.",
+            ),
         ),
     ),
     Exercise(
-        "2.2", right=_gradient, cases=_GRADIENTS,
+        "2.2",
+        right=_gradient,
+        cases=_GRADIENTS,
         praise="Renormalised, only the chosen compete, and with K = 1 nobody does: exactly zero. Otherwise every logit hears of y.",
         ideas=(
-            Idea("no coupling", _no_coupling, "You have w times f. That would be right if each weight depended on its own logit "
-                 "alone. The weights share a denominator: raise one and the others fall. That is where the minus y comes from. "
-                 "Reread section 2.7."),
-            Idea("never renormalised", _never_renormalised, "You used the softmax over all experts in both cases. When the weights are "
-                 "renormalised, the others cancel: their gradient is 0, and with K = 1 so is that of the chosen one. Reread section 2.7."),
-            Idea("chosen only", _chosen_only, "You gave the logits of the others a gradient of 0 in both cases. Without renormalisation "
-                 "they stand in the denominator of every weight, so they get minus p times y. Reread section 2.7."),
-            Idea("all outputs", _all_outputs, "You used the outputs of experts that never ran. In y only the chosen ones appear, so for "
-                 "the others there is no f: their gradient is minus p times y. Reread section 2.7."),
+            Idea(
+                "no coupling",
+                _no_coupling,
+                "You have w times f. That would be right if each weight depended on its own logit "
+                "alone. The weights share a denominator: raise one and the others fall. That is where the minus y comes from. "
+                "Reread section 2.7.",
+            ),
+            Idea(
+                "never renormalised",
+                _never_renormalised,
+                "You used the softmax over all experts in both cases. When the weights are "
+                "renormalised, the others cancel: their gradient is 0, and with K = 1 so is that of the chosen one. Reread section 2.7.",
+            ),
+            Idea(
+                "chosen only",
+                _chosen_only,
+                "You gave the logits of the others a gradient of 0 in both cases. Without renormalisation "
+                "they stand in the denominator of every weight, so they get minus p times y. Reread section 2.7.",
+            ),
+            Idea(
+                "all outputs",
+                _all_outputs,
+                "You used the outputs of experts that never ran. In y only the chosen ones appear, so for "
+                "the others there is no f: their gradient is minus p times y. Reread section 2.7.",
+            ),
         ),
     ),
     Exercise(
-        "2.3", right=_entropy(), cases=((_h_TE, 1.0), (_h_TE, 2.5), (_sure, 0.5)),
+        "2.3",
+        right=_entropy(),
+        cases=((_h_TE, 1.0), (_h_TE, 2.5), (_sure, 0.5)),
         praise="Low entropy: each token is sure. It says nothing about balance: three sure tokens can use three experts evenly.",
         ideas=(
-            Idea("times temperature", _entropy(soften=lambda h, t: h * t), "You multiplied by the temperature. It divides: hot is flat, "
-                 "cold is sharp. Reread section 2.3."),
-            Idea("bits", _entropy(reduce=lambda p: _token_entropy(p).mean() / math.log(2)), "Your entropy is in bits. We count in nats: use "
-                 "the natural logarithm. Reread section 2.3."),
-            Idea("entropy of the mean", _entropy(reduce=lambda p: _token_entropy(p.mean(0))), "You averaged the probabilities first. "
-                 "That entropy asks whether the load is even over many tokens, not whether each token is sure. Take the entropy of "
-                 "each token, then the mean. Reread section 2.3."),
-            Idea("sum", _entropy(reduce=lambda p: _token_entropy(p).sum()), "You added up the tokens. Take the mean, so that the answer "
-                 "does not grow with the batch. Reread section 2.3."),
-            Idea("wrong sign", _entropy(reduce=lambda p: -_token_entropy(p).mean()), "The sign: logarithms of probabilities are negative, so "
-                 "the sum needs a minus to be an entropy. Reread section 2.3."),
+            Idea(
+                "times temperature",
+                _entropy(soften=lambda h, t: h * t),
+                "You multiplied by the temperature. It divides: hot is flat, "
+                "cold is sharp. Reread section 2.3.",
+            ),
+            Idea(
+                "bits",
+                _entropy(reduce=lambda p: _token_entropy(p).mean() / math.log(2)),
+                "Your entropy is in bits. We count in nats: use "
+                "the natural logarithm. Reread section 2.3.",
+            ),
+            Idea(
+                "entropy of the mean",
+                _entropy(reduce=lambda p: _token_entropy(p.mean(0))),
+                "You averaged the probabilities first. "
+                "That entropy asks whether the load is even over many tokens, not whether each token is sure. Take the entropy of "
+                "each token, then the mean. Reread section 2.3.",
+            ),
+            Idea(
+                "sum",
+                _entropy(reduce=lambda p: _token_entropy(p).sum()),
+                "You added up the tokens. Take the mean, so that the answer "
+                "does not grow with the batch. Reread section 2.3.",
+            ),
+            Idea(
+                "wrong sign",
+                _entropy(reduce=lambda p: -_token_entropy(p).mean()),
+                "The sign: logarithms of probabilities are negative, so "
+                "the sum needs a minus to be an entropy. Reread section 2.3.",
+            ),
         ),
     ),
     Exercise(
-        "2.4", right=_STATEMENTS,
+        "2.4",
+        right=_STATEMENTS,
         praise="Choice, weights and gradient are three different questions, and you told them apart.",
         ideas=(
-            Idea("shift", _flipped[0], "Look at (a) again. A shift multiplies all exponentials by the same number, and a softmax divides it "
-                 "out. Reread section 2.2."),
-            Idea("scale chooses", _flipped[1], "Look at (b) again. Doubling keeps the order of the logits, and the choice is the order. "
-                 "Reread section 2.3."),
-            Idea("scale weighs not", _flipped[2], "Look at (c) again. Doubling the matrix doubles the logits and their distances; that is "
-                 "half the temperature. Reread section 2.3."),
-            Idea("renormalised reaches all", _flipped[3], "Look at (d) again. Renormalised weights are a softmax over the K chosen logits. "
-                 "The others appear nowhere in it. Reread section 2.7."),
-            Idea("denominator forgotten", _flipped[4], "Look at (e) again. Each weight is divided by a sum over all experts, and there "
-                 "stand the logits of the others. Reread section 2.7."),
-            Idea("experts learn unseen", _flipped[5], "Look at (f) again. A logit is one thing, an expert's matrices another. An expert that "
-                 "did not run is in no formula, so its matrices get nothing. Reread section 2.7."),
+            Idea(
+                "shift",
+                _flipped[0],
+                "Look at (a) again. A shift multiplies all exponentials by the same number, and a softmax divides it "
+                "out. Reread section 2.2.",
+            ),
+            Idea(
+                "scale chooses",
+                _flipped[1],
+                "Look at (b) again. Doubling keeps the order of the logits, and the choice is the order. "
+                "Reread section 2.3.",
+            ),
+            Idea(
+                "scale weighs not",
+                _flipped[2],
+                "Look at (c) again. Doubling the matrix doubles the logits and their distances; that is "
+                "half the temperature. Reread section 2.3.",
+            ),
+            Idea(
+                "renormalised reaches all",
+                _flipped[3],
+                "Look at (d) again. Renormalised weights are a softmax over the K chosen logits. "
+                "The others appear nowhere in it. Reread section 2.7.",
+            ),
+            Idea(
+                "denominator forgotten",
+                _flipped[4],
+                "Look at (e) again. Each weight is divided by a sum over all experts, and there "
+                "stand the logits of the others. Reread section 2.7.",
+            ),
+            Idea(
+                "experts learn unseen",
+                _flipped[5],
+                "Look at (f) again. A logit is one thing, an expert's matrices another. An expert that "
+                "did not run is in no formula, so its matrices get nothing. Reread section 2.7.",
+            ),
         ),
     ),
     Exercise(
-        "2.5", right=_stable, cases=_ties,
+        "2.5",
+        right=_stable,
+        cases=_ties,
         praise="The order is now part of your code and not of a kernel's mood: it will be the same when the layer is recomputed.",
         ideas=(
-            Idea("last wins", _last_wins, "Among equals your highest number wins. You sorted upwards and read backwards, which turns the "
-                 "ties around. Sort downwards with stable=True. Reread section 2.5."),
-            Idea("nudge", _nudged, "You made ties impossible by taking a little off each logit. That also turns real differences around: "
-                 "2.0005 lost to 2.0. Nudge nothing; sort with stable=True. Reread section 2.5."),
-            Idea("order lost", lambda h_TE, K: _stable(h_TE, K).sort(-1).values, "The right experts, but listed by number. The slots of "
-                 "a token run from the largest logit to the smallest. Reread section 2.4."),
+            Idea(
+                "last wins",
+                _last_wins,
+                "Among equals your highest number wins. You sorted upwards and read backwards, which turns the "
+                "ties around. Sort downwards with stable=True. Reread section 2.5.",
+            ),
+            Idea(
+                "nudge",
+                _nudged,
+                "You made ties impossible by taking a little off each logit. That also turns real differences around: "
+                "2.0005 lost to 2.0. Nudge nothing; sort with stable=True. Reread section 2.5.",
+            ),
+            Idea(
+                "order lost",
+                lambda h_TE, K: _stable(h_TE, K).sort(-1).values,
+                "The right experts, but listed by number. The slots of "
+                "a token run from the largest logit to the smallest. Reread section 2.4.",
+            ),
         ),
     ),
 )

@@ -66,16 +66,25 @@ def _violations(one=_vio, pool=True):
 
 
 # 8.4: the best groups
-_CHOICE = torch.tensor([[0.9, 0.1, 0.6, 0.55, 0.5, 0.45, 0.7, 0.2], [0.3, 0.3, 0.1, 0.9, 0.8, 0.7, 0.2, 0.95]])
+_CHOICE = torch.tensor(
+    [[0.9, 0.1, 0.6, 0.55, 0.5, 0.45, 0.7, 0.2], [0.3, 0.3, 0.1, 0.9, 0.8, 0.7, 0.2, 0.95]]
+)
 _GROUPS = ((_CHOICE, 4, 2, 3), (_CHOICE - 1.5, 4, 2, 3), (_CHOICE, 2, 1, 3))
 
 
-def _grouped(view=lambda c, G: c.unflatten(-1, (G, -1)), score=lambda g: g.topk(2, -1).values.sum(-1), fill=-math.inf, back=lambda g: g.flatten(-2)):
+def _grouped(
+    view=lambda c, G: c.unflatten(-1, (G, -1)),
+    score=lambda g: g.topk(2, -1).values.sum(-1),
+    fill=-math.inf,
+    back=lambda g: g.flatten(-2),
+):
     def choose(choice_TE, G, M, K):
         grouped = view(choice_TE, G)
         best = score(grouped).topk(M, -1).indices
         out = torch.ones(grouped.shape[:-1], dtype=torch.bool).scatter(-1, best, False)
-        return back(grouped.masked_fill(out.unsqueeze(-1), fill)).topk(K, -1).indices.sort(-1).values
+        return (
+            back(grouped.masked_fill(out.unsqueeze(-1), fill)).topk(K, -1).indices.sort(-1).values
+        )
 
     return choose
 
@@ -84,12 +93,17 @@ def _no_limit(choice_TE, G, M, K):
     return choice_TE.topk(K, -1).indices.sort(-1).values
 
 
-_strided = _grouped(view=lambda c, G: c.unflatten(-1, (-1, G)).transpose(-1, -2), back=lambda g: g.transpose(-1, -2).flatten(-2))
+_strided = _grouped(
+    view=lambda c, G: c.unflatten(-1, (-1, G)).transpose(-1, -2),
+    back=lambda g: g.transpose(-1, -2).flatten(-2),
+)
 
 
 def _same_experts(output, choice_TE, G, M, K):
     """The same K experts for each token; their order in the slots is free."""
-    return torch.equal(torch.as_tensor(output).long().sort(-1).values, _grouped()(choice_TE, G, M, K))
+    return torch.equal(
+        torch.as_tensor(output).long().sort(-1).values, _grouped()(choice_TE, G, M, K)
+    )
 
 
 # 8.5: one step from several micro-batches
@@ -97,7 +111,11 @@ _ONE = torch.tensor([[0, 1], [0, 1], [0, 2], [0, 1]])
 _TWO = torch.tensor([[2, 1], [3, 2], [2, 3], [0, 0]])
 _REAL = (torch.ones(4, dtype=torch.bool), torch.tensor([True, True, True, False]))
 _PADDED = (torch.tensor([True, True, False, False]), torch.tensor([True, True, True, False]))
-_DIRECTIONS = (([_ONE, _TWO], list(_REAL), 4), ([_ONE, _TWO], list(_PADDED), 4), ([_TWO], [_REAL[1]], 5))
+_DIRECTIONS = (
+    ([_ONE, _TWO], list(_REAL), 4),
+    ([_ONE, _TWO], list(_PADDED), 4),
+    ([_TWO], [_REAL[1]], 5),
+)
 
 
 def _count(index_TK, real_T, E):
@@ -134,81 +152,189 @@ def _arrival(margin, u):
 
 EXERCISES = (
     Exercise(
-        "8.1", right=_stepped(_missing_sign), cases=_STEPS,
+        "8.1",
+        right=_stepped(_missing_sign),
+        cases=_STEPS,
         praise="Busy goes down, idle goes up, all by the same step, and the mean stays 0.",
         ideas=(
-            Idea("wrong way", _stepped(lambda c: (c - c.mean()).sign()), "Your step goes the wrong way: the busy expert gets more attractive. "
-                 "The load runs away instead of settling. It is sign(mean - count). Reread section 8.1."),
-            Idea("not centred", _stepped(_missing_sign, centre=False), "The direction is right, but the mean of the bias is not taken off. "
-                 "When one expert is busy and three are idle, the sum of the signs is not 0, and the bias drifts. Reread section 8.7."),
-            Idea("proportional", _stepped(lambda c: (c.mean() - c) / c.mean()), "You step by the relative error, not by its sign. That is a "
-                 "controller too, the proportional one, and its u means something else. Reread section 8.2."),
-            Idea("raw counts", _stepped(lambda c: c.mean() - c), "You step by the raw difference of counts. With a million tokens in a batch "
-                 "u = 0.001 would then be a step of hundreds. Take the sign. Reread section 8.1."),
+            Idea(
+                "wrong way",
+                _stepped(lambda c: (c - c.mean()).sign()),
+                "Your step goes the wrong way: the busy expert gets more attractive. "
+                "The load runs away instead of settling. It is sign(mean - count). Reread section 8.1.",
+            ),
+            Idea(
+                "not centred",
+                _stepped(_missing_sign, centre=False),
+                "The direction is right, but the mean of the bias is not taken off. "
+                "When one expert is busy and three are idle, the sum of the signs is not 0, and the bias drifts. Reread section 8.7.",
+            ),
+            Idea(
+                "proportional",
+                _stepped(lambda c: (c.mean() - c) / c.mean()),
+                "You step by the relative error, not by its sign. That is a "
+                "controller too, the proportional one, and its u means something else. Reread section 8.2.",
+            ),
+            Idea(
+                "raw counts",
+                _stepped(lambda c: c.mean() - c),
+                "You step by the raw difference of counts. With a million tokens in a batch "
+                "u = 0.001 would then be a step of hundreds. Take the sign. Reread section 8.1.",
+            ),
         ),
     ),
     Exercise(
-        "8.2", right=_routed(), cases=_ROUTES,
+        "8.2",
+        right=_routed(),
+        cases=_ROUTES,
         praise="The bias has opened the door and gone home: no weight knows of it.",
         ideas=(
-            Idea("bias leaks", _routed(weigh=lambda s, b: s + b), "Your weights hold the bias. It is there to choose and for nothing else: "
-                 "gather the weights from the scores without it. This is the bug of section 8.3."),
-            Idea("bias forgotten", _routed(choose=lambda s, b: s), "You chose by the score alone, so the bias does nothing at all and the "
-                 "load stays as it is. Reread section 8.1."),
-            Idea("not renormalised", _routed(norm=False), "Your K weights are plain scores. Divide them by their sum before you multiply by "
-                 "gamma. Reread section 8.5."),
-            Idea("gamma forgotten", _routed(scale=False), "The K weights of a token must sum to gamma, yours sum to 1. Reread section 8.5."),
+            Idea(
+                "bias leaks",
+                _routed(weigh=lambda s, b: s + b),
+                "Your weights hold the bias. It is there to choose and for nothing else: "
+                "gather the weights from the scores without it. This is the bug of section 8.3.",
+            ),
+            Idea(
+                "bias forgotten",
+                _routed(choose=lambda s, b: s),
+                "You chose by the score alone, so the bias does nothing at all and the "
+                "load stays as it is. Reread section 8.1.",
+            ),
+            Idea(
+                "not renormalised",
+                _routed(norm=False),
+                "Your K weights are plain scores. Divide them by their sum before you multiply by "
+                "gamma. Reread section 8.5.",
+            ),
+            Idea(
+                "gamma forgotten",
+                _routed(scale=False),
+                "The K weights of a token must sum to gamma, yours sum to 1. Reread section 8.5.",
+            ),
         ),
     ),
     Exercise(
-        "8.3", right=_violations(), cases=_COUNTS,
+        "8.3",
+        right=_violations(),
+        cases=_COUNTS,
         praise="Batches may each be uneven and even out together. Memory and waiting time feel the first number, specialisation the second.",
         ideas=(
-            Idea("mean for both", _violations(pool=False), "Your second number is the mean of the first ones again. MaxVio global adds the "
-                 "counts of all batches first and looks at the sum. Reread section 8.2."),
-            Idea("without the minus one", _violations(one=lambda c: c.float().max() / c.float().mean()), "You have the largest load over the "
-                 "mean, which is 1 at perfect balance. MaxVio is the excess: subtract the mean first. Reread section 8.2."),
-            Idea("absolute", _violations(one=lambda c: (c.float() - c.float().mean()).abs().max() / c.float().mean()), "You take the largest "
-                 "deviation to either side. MaxVio asks only about the busiest expert, since the others wait for it. Reread section 8.2."),
-            Idea("share", _violations(one=lambda c: c.float().max() / c.float().sum()), "You have the busiest expert's share of all slots. It "
-                 "depends on the number of experts; MaxVio compares with the mean load. Reread section 8.2."),
+            Idea(
+                "mean for both",
+                _violations(pool=False),
+                "Your second number is the mean of the first ones again. MaxVio global adds the "
+                "counts of all batches first and looks at the sum. Reread section 8.2.",
+            ),
+            Idea(
+                "without the minus one",
+                _violations(one=lambda c: c.float().max() / c.float().mean()),
+                "You have the largest load over the "
+                "mean, which is 1 at perfect balance. MaxVio is the excess: subtract the mean first. Reread section 8.2.",
+            ),
+            Idea(
+                "absolute",
+                _violations(
+                    one=lambda c: (c.float() - c.float().mean()).abs().max() / c.float().mean()
+                ),
+                "You take the largest "
+                "deviation to either side. MaxVio asks only about the busiest expert, since the others wait for it. Reread section 8.2.",
+            ),
+            Idea(
+                "share",
+                _violations(one=lambda c: c.float().max() / c.float().sum()),
+                "You have the busiest expert's share of all slots. It "
+                "depends on the number of experts; MaxVio compares with the mean load. Reread section 8.2.",
+            ),
         ),
     ),
     Exercise(
-        "8.4", right=_grouped(), cases=_GROUPS, accepts=_same_experts,
+        "8.4",
+        right=_grouped(),
+        cases=_GROUPS,
+        accepts=_same_experts,
         praise="Groups first, experts inside them second, and nobody outside can win, however negative the scores.",
         ideas=(
-            Idea("filled with zero", _grouped(fill=0.0), "You set the experts outside the groups to 0. Case 2 has negative values only, so 0 "
-                 "is the best of them all and the outsiders win. Use -inf. Reread section 8.6."),
-            Idea("best expert", _grouped(score=lambda g: g.amax(-1)), "You judge a group by its best expert alone. That is DeepSeek-V2's rule. "
-                 "DeepSeek-V3 adds up the best two. Reread section 8.6."),
-            Idea("no limit", _no_limit, "You took the K best of all experts. A token may then be sent to all groups. Reread section 8.6."),
-            Idea("strided", _strided, "You put every G-th expert into one group. Groups are neighbours: experts 0 and 1, then 2 and 3, and so "
-                 "on, as they stand on the nodes. Reread section 8.6."),
+            Idea(
+                "filled with zero",
+                _grouped(fill=0.0),
+                "You set the experts outside the groups to 0. Case 2 has negative values only, so 0 "
+                "is the best of them all and the outsiders win. Use -inf. Reread section 8.6.",
+            ),
+            Idea(
+                "best expert",
+                _grouped(score=lambda g: g.amax(-1)),
+                "You judge a group by its best expert alone. That is DeepSeek-V2's rule. "
+                "DeepSeek-V3 adds up the best two. Reread section 8.6.",
+            ),
+            Idea(
+                "no limit",
+                _no_limit,
+                "You took the K best of all experts. A token may then be sent to all groups. Reread section 8.6.",
+            ),
+            Idea(
+                "strided",
+                _strided,
+                "You put every G-th expert into one group. Groups are neighbours: experts 0 and 1, then 2 and 3, and so "
+                "on, as they stand on the nodes. Reread section 8.6.",
+            ),
         ),
     ),
     Exercise(
-        "8.5", right=_direction, cases=_DIRECTIONS,
+        "8.5",
+        right=_direction,
+        cases=_DIRECTIONS,
         praise="One step of the optimiser, one step of the bias, and only for tokens that exist.",
         ideas=(
-            Idea("per micro-batch", _per_micro_batch, "You took a sign for each micro-batch and added them up. Signs don't add: the sum of the "
-                 "counts has one sign. Add the counts first. Reread section 8.7."),
-            Idea("padding counted", _with_padding, "You counted the padding. All padding tokens are alike, so they go to the same experts and "
-                 "make those look busy. Count real tokens only. Reread section 8.7."),
-            Idea("last micro-batch", _last_only, "You looked at the last micro-batch only. The step belongs to all of them. Reread section 8.7."),
-            Idea("wrong way", _against, "Your signs are turned around: an expert with more than the mean must go down. Reread section 8.1."),
+            Idea(
+                "per micro-batch",
+                _per_micro_batch,
+                "You took a sign for each micro-batch and added them up. Signs don't add: the sum of the "
+                "counts has one sign. Add the counts first. Reread section 8.7.",
+            ),
+            Idea(
+                "padding counted",
+                _with_padding,
+                "You counted the padding. All padding tokens are alike, so they go to the same experts and "
+                "make those look busy. Count real tokens only. Reread section 8.7.",
+            ),
+            Idea(
+                "last micro-batch",
+                _last_only,
+                "You looked at the last micro-batch only. The step belongs to all of them. Reread section 8.7.",
+            ),
+            Idea(
+                "wrong way",
+                _against,
+                "Your signs are turned around: an expert with more than the mean must go down. Reread section 8.1.",
+            ),
         ),
     ),
     Exercise(
-        "8.6", right=_arrival, cases=_ARRIVALS,
+        "8.6",
+        right=_arrival,
+        cases=_ARRIVALS,
         praise="The busy one goes down while the idle one comes up: the gap closes by 2u a step.",
         ideas=(
-            Idea("one side", lambda margin, u: math.ceil(round(margin / u, 6)), "You divided by u. But both biases move: the busy expert's "
-                 "down, the idle one's up, so the gap closes by 2u a step. Reread section 8.2."),
-            Idea("not whole", lambda margin, u: margin / (2 * u), "Steps are whole: round up, since the gap must be closed. "
-                 "Reread section 8.2."),
-            Idea("rounded down", lambda margin, u: math.floor(margin / (2 * u)) if margin / (2 * u) % 1 else margin / (2 * u) - 1, "One step "
-                 "short: you rounded down, and a gap that is not yet closed moves nobody. Reread section 8.2."),
+            Idea(
+                "one side",
+                lambda margin, u: math.ceil(round(margin / u, 6)),
+                "You divided by u. But both biases move: the busy expert's "
+                "down, the idle one's up, so the gap closes by 2u a step. Reread section 8.2.",
+            ),
+            Idea(
+                "not whole",
+                lambda margin, u: margin / (2 * u),
+                "Steps are whole: round up, since the gap must be closed. Reread section 8.2.",
+            ),
+            Idea(
+                "rounded down",
+                lambda margin, u: (
+                    math.floor(margin / (2 * u)) if margin / (2 * u) % 1 else margin / (2 * u) - 1
+                ),
+                "One step "
+                "short: you rounded down, and a gap that is not yet closed moves nobody. Reread section 8.2.",
+            ),
         ),
     ),
 )

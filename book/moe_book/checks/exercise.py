@@ -1,9 +1,10 @@
 """What an exercise is: cases, the right answer, and the wrong ideas that people really have."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from html import escape
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -81,21 +82,32 @@ class Exercise:
             outputs = [_call(answer, case) for case in self.cases]
         except NotImplementedError:
             return self._not_attempted()
-        except Exception as error:  # whatever a reader's code raises is news for the reader, not for us
-            return Verdict(self.number, "wrong", f"Your code raised {type(error).__name__}: {error}")
+        except (
+            Exception
+        ) as error:  # whatever a reader's code raises is news for the reader, not for us
+            return Verdict(
+                self.number, "wrong", f"Your code raised {type(error).__name__}: {error}"
+            )
         if all(_is_nothing(output) for output in outputs):
             return self._not_attempted()
         verdicts = [self._accepted(output, case) for output, case in zip(outputs, self.cases)]
         if all(verdicts):
             return Verdict(self.number, "right", self.praise)
         for idea in self.ideas:
-            if all(_same(output, _call(idea.answer, case), self.tolerance) for output, case in zip(outputs, self.cases)):
+            if all(
+                _same(output, _call(idea.answer, case), self.tolerance)
+                for output, case in zip(outputs, self.cases)
+            ):
                 return Verdict(self.number, "wrong", idea.says, idea.name)
         first = verdicts.index(False)
         message = f"Case {first + 1} of {len(self.cases)}: got {_show(outputs[first])}"
         if self.accepts is None:
             message += f", expected {_show(_call(self.right, self.cases[first]))}"
-        return Verdict(self.number, "wrong", message + ". The checker does not recognise the idea behind it; the hints may help.")
+        return Verdict(
+            self.number,
+            "wrong",
+            message + ". The checker does not recognise the idea behind it; the hints may help.",
+        )
 
     def _accepted(self, output: Any, case: tuple) -> bool:
         if self.accepts is None:
@@ -106,7 +118,11 @@ class Exercise:
             return False
 
     def _not_attempted(self) -> Verdict:
-        return Verdict(self.number, "not attempted", "Nothing came back: write your answer in place of the ... (and end it with a return).")
+        return Verdict(
+            self.number,
+            "not attempted",
+            "Nothing came back: write your answer in place of the ... (and end it with a return).",
+        )
 
 
 def flipped(statements: str) -> list[str]:
@@ -121,7 +137,9 @@ def _call(answer: Any, case: tuple) -> Any:
 
 def _copies(case: tuple) -> list:
     """Fresh arguments for every call, so that an answer that writes into its input harms nobody."""
-    return [item.detach().clone() if isinstance(item, torch.Tensor) else deepcopy(item) for item in case]
+    return [
+        item.detach().clone() if isinstance(item, torch.Tensor) else deepcopy(item) for item in case
+    ]
 
 
 def _is_nothing(output: Any) -> bool:
@@ -132,20 +150,38 @@ def _same(a: Any, b: Any, tolerance: float) -> bool:
     """Equal as text, or as numbers of the same shape within the tolerance; tuples and dicts item by item."""
     try:
         return _equal(a, b, tolerance)
-    except Exception:  # not comparable at all, such as a meta tensor or an object of the reader's own
+    except (
+        Exception
+    ):  # not comparable at all, such as a meta tensor or an object of the reader's own
         return False
 
 
 def _equal(a: Any, b: Any, tolerance: float) -> bool:
     if isinstance(a, str) or isinstance(b, str):
-        return isinstance(a, str) and isinstance(b, str) and a.strip().casefold() == b.strip().casefold()
+        return (
+            isinstance(a, str)
+            and isinstance(b, str)
+            and a.strip().casefold() == b.strip().casefold()
+        )
     if isinstance(b, dict):
-        return isinstance(a, dict) and a.keys() == b.keys() and all(_equal(a[key], b[key], tolerance) for key in b)
+        return (
+            isinstance(a, dict)
+            and a.keys() == b.keys()
+            and all(_equal(a[key], b[key], tolerance) for key in b)
+        )
     if isinstance(b, tuple):
-        a = a.tolist() if isinstance(a, torch.Tensor) and a.ndim else a  # several numbers may come as one tensor
-        return isinstance(a, (tuple, list)) and len(a) == len(b) and all(_equal(x, y, tolerance) for x, y in zip(a, b))
+        a = (
+            a.tolist() if isinstance(a, torch.Tensor) and a.ndim else a
+        )  # several numbers may come as one tensor
+        return (
+            isinstance(a, (tuple, list))
+            and len(a) == len(b)
+            and all(_equal(x, y, tolerance) for x, y in zip(a, b))
+        )
     a, b = torch.as_tensor(a).detach().cpu().double(), torch.as_tensor(b).detach().cpu().double()
-    return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+    return a.shape == b.shape and torch.allclose(
+        a, b, rtol=tolerance, atol=tolerance, equal_nan=True
+    )
 
 
 def _show(output: Any) -> str:

@@ -1,4 +1,5 @@
 """The kinds of figure the book uses, one function each: plain arrays or tensors in, a plotly Figure out."""
+
 from .bars import load_bars, score_bars
 from .blocks import expert_blocks
 from .histogram import score_histogram
@@ -14,6 +15,18 @@ from .triangle import simplex
 from .walk import token_walk
 
 __all__ = [
-    "curves", "expert_blocks", "link_bytes", "load_bars", "load_over_time", "parameter_treemap", "ranked_load", "roofline", "routing_map",
-    "score_bars", "score_histogram", "simplex", "text_in_color", "token_walk",
+    "curves",
+    "expert_blocks",
+    "link_bytes",
+    "load_bars",
+    "load_over_time",
+    "parameter_treemap",
+    "ranked_load",
+    "roofline",
+    "routing_map",
+    "score_bars",
+    "score_histogram",
+    "simplex",
+    "text_in_color",
+    "token_walk",
 ]

@@ -1,12 +1,21 @@
 """Bars, one per expert: how much each does, and how each scores."""
+
 import plotly.graph_objects as go
 
 from .. import theme
 from ._arrays import array
 
 
-def load_bars(load, *, capacity: float | None = None, uniform: bool | float = False, dropped=None, unit: str = "tokens", top: float | None = None,
-              height: int = 300) -> go.Figure:
+def load_bars(
+    load,
+    *,
+    capacity: float | None = None,
+    uniform: bool | float = False,
+    dropped=None,
+    unit: str = "tokens",
+    top: float | None = None,
+    height: int = 300,
+) -> go.Figure:
     """A bar per expert in the expert's colour; capacity or the uniform load as a dashed line; what was turned away hollow on top.
 
     Args:
@@ -35,13 +44,25 @@ def load_bars(load, *, capacity: float | None = None, uniform: bool | float = Fa
     hollow = [] if dropped is None else [_bars("dropped", over_E, theme.CLEAR, colors)]
     return theme.figure(
         [taken, *hollow, *(_line(name, value, E, unit) for name, value in lines)],
-        height=height, barmode="stack", bargap=0.35, margin={"l": 60, "r": 110 if lines else 16, "t": 12, "b": 48},
-        xaxis=_experts(E), yaxis={"title": {"text": unit}, "range": [0, top]},
+        height=height,
+        barmode="stack",
+        bargap=0.35,
+        margin={"l": 60, "r": 110 if lines else 16, "t": 12, "b": 48},
+        xaxis=_experts(E),
+        yaxis={"title": {"text": unit}, "range": [0, top]},
     )
 
 
-def score_bars(scores, *, chosen=None, threshold: float | None = None, unit: str = "score", top: float | None = None, bottom: float = 0.0,
-               height: int = 280) -> go.Figure:
+def score_bars(
+    scores,
+    *,
+    chosen=None,
+    threshold: float | None = None,
+    unit: str = "score",
+    top: float | None = None,
+    bottom: float = 0.0,
+    height: int = 280,
+) -> go.Figure:
     """The scores of one token over the experts; chosen experts solid, the others hollow; a threshold as a dashed line.
 
     Args:
@@ -53,32 +74,62 @@ def score_bars(scores, *, chosen=None, threshold: float | None = None, unit: str
     E = len(score_E)
     picked = set(range(E)) if chosen is None else _picked(array(chosen, 1, "chosen"))
     colors = theme.expert_colors(E)
-    bars = _bars(unit, score_E, [c if e in picked else theme.CLEAR for e, c in enumerate(colors)], colors)
+    bars = _bars(
+        unit, score_E, [c if e in picked else theme.CLEAR for e, c in enumerate(colors)], colors
+    )
     lines = [] if threshold is None else [_line("threshold", float(threshold), E, "")]
     top = top or 1.18 * max([*score_E, threshold or 0, 1e-9])
     return theme.figure(
-        [bars, *lines], height=height, bargap=0.35, margin={"l": 60, "r": 110 if lines else 16, "t": 12, "b": 48},
-        xaxis=_experts(E), yaxis={"title": {"text": unit}, "range": [bottom, top]},
+        [bars, *lines],
+        height=height,
+        bargap=0.35,
+        margin={"l": 60, "r": 110 if lines else 16, "t": 12, "b": 48},
+        xaxis=_experts(E),
+        yaxis={"title": {"text": unit}, "range": [bottom, top]},
     )
 
 
 def _picked(chosen):
-    return {e for e, yes in enumerate(chosen) if yes} if chosen.dtype == bool else {int(e) for e in chosen}
+    return (
+        {e for e, yes in enumerate(chosen) if yes}
+        if chosen.dtype == bool
+        else {int(e) for e in chosen}
+    )
 
 
 def _bars(name, values, fill, outline):
     return go.Bar(
-        x=list(range(len(values))), y=values.tolist(), name=name, text=[f"{v:.3g}" if v else "" for v in values],
-        textposition="outside", textangle=0, cliponaxis=False, insidetextanchor="end",
+        x=list(range(len(values))),
+        y=values.tolist(),
+        name=name,
+        text=[f"{v:.3g}" if v else "" for v in values],
+        textposition="outside",
+        textangle=0,
+        cliponaxis=False,
+        insidetextanchor="end",
         marker={"color": fill, "line": {"color": outline, "width": 2}},
     )
 
 
 def _line(name, value, E, unit):
     label = f" {name} {value:.3g}" if unit != "" else f" {name}<br> {value:.3g}"
-    return go.Scatter(x=[-0.5, E - 0.5], y=[value, value], mode="lines+text", name=name, text=["", label], textposition="middle right",
-                      cliponaxis=False, line={"color": theme.INK, "dash": "dash", "width": 1.5}, textfont={"color": theme.INK})
+    return go.Scatter(
+        x=[-0.5, E - 0.5],
+        y=[value, value],
+        mode="lines+text",
+        name=name,
+        text=["", label],
+        textposition="middle right",
+        cliponaxis=False,
+        line={"color": theme.INK, "dash": "dash", "width": 1.5},
+        textfont={"color": theme.INK},
+    )
 
 
 def _experts(E):
-    return {"title": {"text": "expert"}, "range": [-0.5, E - 0.5], "tickvals": list(range(E)), "ticktext": [str(e) for e in range(E)]}
+    return {
+        "title": {"text": "expert"},
+        "range": [-0.5, E - 0.5],
+        "tickvals": list(range(E)),
+        "ticktext": [str(e) for e in range(E)],
+    }

@@ -4,6 +4,7 @@ import math
 
 import plotly.graph_objects as go
 import torch
+
 from moe_core import TopKRouter
 
 from .. import theme
@@ -17,7 +18,10 @@ def score_steps(logits, scores, weights, *, logit_top: float, height: int = 430)
         logits, scores, weights: (E,) each, none below 0; a weight of 0 means not chosen.
         logit_top: upper end of the logits' axis, the same in all frames of an Explorer.
     """
-    rows = [array(v, 1, name) for v, name in ((logits, "logits"), (scores, "scores"), (weights, "weights"))]
+    rows = [
+        array(v, 1, name)
+        for v, name in ((logits, "logits"), (scores, "scores"), (weights, "weights"))
+    ]
     E, chosen = len(rows[0]), rows[2] > 0
     colors = theme.expert_colors(E)
     fill = [c if yes else theme.CLEAR for c, yes in zip(colors, chosen)]
@@ -28,12 +32,26 @@ def score_steps(logits, scores, weights, *, logit_top: float, height: int = 430)
         bars = _signed_bars(title, values, fill, colors)
         traces.append(bars.update(xaxis="x", yaxis=f"y{i}" if i > 1 else "y"))
         layout["yaxis" if i == 1 else f"yaxis{i}"] = {
-            **_axis(title), "domain": spans[i - 1], "range": ranges[i - 1], "nticks": 4, "zeroline": True, "zerolinecolor": theme.MUTED}
-    return theme.figure(traces, height=height, bargap=0.4, margin={"l": 56, "r": 16, "t": 8, "b": 40},
-                        xaxis={**_experts(E), "anchor": "y3"}, **layout)
+            **_axis(title),
+            "domain": spans[i - 1],
+            "range": ranges[i - 1],
+            "nticks": 4,
+            "zeroline": True,
+            "zerolinecolor": theme.MUTED,
+        }
+    return theme.figure(
+        traces,
+        height=height,
+        bargap=0.4,
+        margin={"l": 56, "r": 16, "t": 8, "b": 40},
+        xaxis={**_experts(E), "anchor": "y3"},
+        **layout,
+    )
 
 
-def regions(router: TopKRouter, x_TD, *, cloud_TD=None, reach: float = 2.4, height: int = 430) -> go.Figure:
+def regions(
+    router: TopKRouter, x_TD, *, cloud_TD=None, reach: float = 2.4, height: int = 430
+) -> go.Figure:
     """The plane of two-dimensional tokens: whose row has the largest dot product where, and where tokens lie.
 
     A wedge has the colour of the first choice there; a token has its first choice as fill and its second as outline; lines from the
@@ -46,16 +64,48 @@ def regions(router: TopKRouter, x_TD, *, cloud_TD=None, reach: float = 2.4, heig
     """
     E = router.n_experts
     colors = theme.expert_colors(E)
-    wedges = [go.Scatter(x=x, y=y, mode="none", fill="toself", fillcolor=theme.fade(colors[e], 0.22), hoverinfo="skip")
-              for e, (x, y) in enumerate(_wedges(router, 4 * reach))]
-    rows = [go.Scatter(x=[0, w[0]], y=[0, w[1]], mode="lines+markers+text", line={"color": colors[e], "width": 4}, text=["", f"expert {e}"],
-                       textposition="top center", textfont={"color": theme.INK}, marker={"size": [1, 9], "color": colors[e]}, cliponaxis=False)
-            for e, w in enumerate(router.weight.tolist())]
-    tokens = [_tokens(router, x_TD, 15, colors)] + ([] if cloud_TD is None else [_tokens(router, cloud_TD, 6, colors)])
-    axis = {"range": [-reach, reach], "constrain": "domain", "showgrid": False, "zeroline": True, "zerolinecolor": theme.MUTED}
-    return theme.figure([*wedges, *rows, *tokens], height=height, margin={"l": 48, "r": 8, "t": 8, "b": 48},
-                        xaxis={**axis, "title": {"text": "first coordinate of the token"}},
-                        yaxis={**axis, "title": {"text": "second coordinate"}, "scaleanchor": "x"})
+    wedges = [
+        go.Scatter(
+            x=x,
+            y=y,
+            mode="none",
+            fill="toself",
+            fillcolor=theme.fade(colors[e], 0.22),
+            hoverinfo="skip",
+        )
+        for e, (x, y) in enumerate(_wedges(router, 4 * reach))
+    ]
+    rows = [
+        go.Scatter(
+            x=[0, w[0]],
+            y=[0, w[1]],
+            mode="lines+markers+text",
+            line={"color": colors[e], "width": 4},
+            text=["", f"expert {e}"],
+            textposition="top center",
+            textfont={"color": theme.INK},
+            marker={"size": [1, 9], "color": colors[e]},
+            cliponaxis=False,
+        )
+        for e, w in enumerate(router.weight.tolist())
+    ]
+    tokens = [_tokens(router, x_TD, 15, colors)] + (
+        [] if cloud_TD is None else [_tokens(router, cloud_TD, 6, colors)]
+    )
+    axis = {
+        "range": [-reach, reach],
+        "constrain": "domain",
+        "showgrid": False,
+        "zeroline": True,
+        "zerolinecolor": theme.MUTED,
+    }
+    return theme.figure(
+        [*wedges, *rows, *tokens],
+        height=height,
+        margin={"l": 48, "r": 8, "t": 8, "b": 48},
+        xaxis={**axis, "title": {"text": "first coordinate of the token"}},
+        yaxis={**axis, "title": {"text": "second coordinate"}, "scaleanchor": "x"},
+    )
 
 
 def pushes(push, chosen, *, top: float, height: int = 300) -> go.Figure:
@@ -66,9 +116,22 @@ def pushes(push, chosen, *, top: float, height: int = 300) -> go.Figure:
     """
     push_E, chosen_E = array(push, 1, "push"), array(chosen, 1, "chosen").astype(bool)
     colors = theme.expert_colors(len(push_E))
-    bars = _signed_bars("push", push_E, [c if yes else theme.CLEAR for c, yes in zip(colors, chosen_E)], colors)
-    return theme.figure([bars], height=height, bargap=0.4, margin={"l": 64, "r": 16, "t": 8, "b": 48}, xaxis=_experts(len(push_E)),
-                        yaxis={**_axis("push on the logit, −∂L/∂h"), "range": [-top, top], "zeroline": True, "zerolinecolor": theme.INK})
+    bars = _signed_bars(
+        "push", push_E, [c if yes else theme.CLEAR for c, yes in zip(colors, chosen_E)], colors
+    )
+    return theme.figure(
+        [bars],
+        height=height,
+        bargap=0.4,
+        margin={"l": 64, "r": 16, "t": 8, "b": 48},
+        xaxis=_experts(len(push_E)),
+        yaxis={
+            **_axis("push on the logit, −∂L/∂h"),
+            "range": [-top, top],
+            "zeroline": True,
+            "zerolinecolor": theme.INK,
+        },
+    )
 
 
 def dots(groups: dict, *, x_title: str, x_range, rows: int | None = None) -> go.Figure:
@@ -82,16 +145,48 @@ def dots(groups: dict, *, x_title: str, x_range, rows: int | None = None) -> go.
     traces, notes = [], []
     for i, (name, values) in enumerate(groups.items()):
         value_S, color = array(values, 1, name), theme.OKABE_ITO[i % 8]
-        traces.append(go.Scatter(x=value_S.tolist(), y=[i] * len(value_S), mode="markers", name=name,
-                                 marker={"size": 13, "color": theme.fade(color, 0.55), "line": {"color": color, "width": 1.5}}))
-        traces.append(go.Scatter(x=[float(value_S.mean())] * 2, y=[i - 0.25, i + 0.25], mode="lines", name=f"{name}, mean",
-                                 line={"color": theme.INK, "width": 2}))
-        notes.append({"x": 0, "xref": "paper", "y": i - 0.42, "text": f"{name}: mean {value_S.mean():.3f}", "showarrow": False,
-                      "xanchor": "left", "yanchor": "middle"})
+        traces.append(
+            go.Scatter(
+                x=value_S.tolist(),
+                y=[i] * len(value_S),
+                mode="markers",
+                name=name,
+                marker={
+                    "size": 13,
+                    "color": theme.fade(color, 0.55),
+                    "line": {"color": color, "width": 1.5},
+                },
+            )
+        )
+        traces.append(
+            go.Scatter(
+                x=[float(value_S.mean())] * 2,
+                y=[i - 0.25, i + 0.25],
+                mode="lines",
+                name=f"{name}, mean",
+                line={"color": theme.INK, "width": 2},
+            )
+        )
+        notes.append(
+            {
+                "x": 0,
+                "xref": "paper",
+                "y": i - 0.42,
+                "text": f"{name}: mean {value_S.mean():.3f}",
+                "showarrow": False,
+                "xanchor": "left",
+                "yanchor": "middle",
+            }
+        )
     rows = rows or len(groups)
-    return theme.figure(traces, height=70 + 54 * rows, margin={"l": 16, "r": 16, "t": 8, "b": 48}, annotations=notes,
-                        xaxis={"title": {"text": x_title}, "range": list(x_range), "showgrid": True},
-                        yaxis={"visible": False, "range": [rows - 0.5, -0.75]})
+    return theme.figure(
+        traces,
+        height=70 + 54 * rows,
+        margin={"l": 16, "r": 16, "t": 8, "b": 48},
+        annotations=notes,
+        xaxis={"title": {"text": x_title}, "range": list(x_range), "showgrid": True},
+        yaxis={"visible": False, "range": [rows - 0.5, -0.75]},
+    )
 
 
 def _choices(router, x_TD):
@@ -101,12 +196,15 @@ def _choices(router, x_TD):
 
 def _wedges(router, radius):
     """For each expert the outline of where it is first: without a bias only the direction of a token decides, so a slice of the circle."""
+
     def ring(degrees):
         angle = degrees * math.pi / 180
         return radius * torch.stack([angle.cos(), angle.sin()], dim=-1)
 
     edge_AD = ring(torch.arange(361, dtype=torch.float64))
-    first_A = _choices(router, ring(torch.arange(360, dtype=torch.float64) + 0.5))[:, 0].tolist()  # in the middle of each degree
+    first_A = _choices(router, ring(torch.arange(360, dtype=torch.float64) + 0.5))[
+        :, 0
+    ].tolist()  # in the middle of each degree
     outlines = [([], []) for _ in range(router.n_experts)]
     start = 0
     for a in range(1, 361):
@@ -122,16 +220,32 @@ def _wedges(router, radius):
 def _tokens(router, x_TD, size, colors):
     choice_TK = _choices(router, x_TD).tolist()
     return go.Scatter(
-        x=x_TD[:, 0].tolist(), y=x_TD[:, 1].tolist(), mode="markers", name="tokens", meta="choices",
+        x=x_TD[:, 0].tolist(),
+        y=x_TD[:, 1].tolist(),
+        mode="markers",
+        name="tokens",
+        meta="choices",
         customdata=[f"experts {a} and {b}" for a, b in choice_TK],
-        marker={"symbol": "square", "size": size, "color": [colors[a] for a, _ in choice_TK],
-                "line": {"color": [colors[b] for _, b in choice_TK], "width": size / 5}},
+        marker={
+            "symbol": "square",
+            "size": size,
+            "color": [colors[a] for a, _ in choice_TK],
+            "line": {"color": [colors[b] for _, b in choice_TK], "width": size / 5},
+        },
     )
 
 
 def _signed_bars(name, values, fill, outline):
-    return go.Bar(x=list(range(len(values))), y=values.tolist(), name=name, textposition="outside", textangle=0, cliponaxis=False,
-                  text=[f"{v:.2f}".replace("-", "−") if v else "0" for v in values], marker={"color": fill, "line": {"color": outline, "width": 2}})
+    return go.Bar(
+        x=list(range(len(values))),
+        y=values.tolist(),
+        name=name,
+        textposition="outside",
+        textangle=0,
+        cliponaxis=False,
+        text=[f"{v:.2f}".replace("-", "−") if v else "0" for v in values],
+        marker={"color": fill, "line": {"color": outline, "width": 2}},
+    )
 
 
 def _axis(title):
@@ -139,4 +253,9 @@ def _axis(title):
 
 
 def _experts(E):
-    return {"title": {"text": "expert"}, "range": [-0.5, E - 0.5], "tickvals": list(range(E)), "ticktext": [str(e) for e in range(E)]}
+    return {
+        "title": {"text": "expert"},
+        "range": [-0.5, E - 0.5],
+        "tickvals": list(range(E)),
+        "ticktext": [str(e) for e in range(E)],
+    }

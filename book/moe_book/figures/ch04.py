@@ -1,14 +1,29 @@
 """Figures of chapter 4: where FLOPs and parameters sit, and who serves which text."""
+
 import plotly.graph_objects as go
 
 from .. import theme
 
-PARTS = ("attention: projections", "attention: scores", "FFN or experts", "router", "embedding and head")
+PARTS = (
+    "attention: projections",
+    "attention: scores",
+    "FFN or experts",
+    "router",
+    "embedding and head",
+)
 PART_COLORS = dict(zip(PARTS, ["#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#8C8C8C"]))
 
 
-def stacked_rows(rows: dict[str, dict], colors: dict, *, unit: str, top: float, percent: bool = False, legend: bool = True,
-                 height: int = 300) -> go.Figure:
+def stacked_rows(
+    rows: dict[str, dict],
+    colors: dict,
+    *,
+    unit: str,
+    top: float,
+    percent: bool = False,
+    legend: bool = True,
+    height: int = 300,
+) -> go.Figure:
     """One horizontal bar per row, made of named parts.
 
     Args:
@@ -22,19 +37,51 @@ def stacked_rows(rows: dict[str, dict], colors: dict, *, unit: str, top: float, 
     traces = []
     for part in parts:
         values = [float(rows[name][part]) for name in names]
-        label = [(f"{100 * v:.0f} %" if percent and legend else str(part)) if v > 0.055 * top else "" for v in values]
-        traces.append(go.Bar(
-            x=values, y=list(range(len(names))), orientation="h", name=str(part), marker={"color": colors[part], "line": {"width": 0}},
-            text=label if percent else None, textposition="inside", insidetextanchor="middle", textangle=0, textfont={"color": "#111111"},
-        ))
+        label = [
+            (f"{100 * v:.0f} %" if percent and legend else str(part)) if v > 0.055 * top else ""
+            for v in values
+        ]
+        traces.append(
+            go.Bar(
+                x=values,
+                y=list(range(len(names))),
+                orientation="h",
+                name=str(part),
+                marker={"color": colors[part], "line": {"width": 0}},
+                text=label if percent else None,
+                textposition="inside",
+                insidetextanchor="middle",
+                textangle=0,
+                textfont={"color": "#111111"},
+            )
+        )
     return theme.figure(
-        traces, height=height, barmode="stack", bargap=0.5, showlegend=legend,
+        traces,
+        height=height,
+        barmode="stack",
+        bargap=0.5,
+        showlegend=legend,
         margin={"l": 16, "r": 24, "t": 92 if legend else 12, "b": 48},
         legend={"orientation": "h", "x": 0, "y": 1.04, "yanchor": "bottom", "traceorder": "normal"},
-        xaxis={"title": {"text": unit}, "range": [0, top], "showgrid": True, **({"tickformat": ".0%"} if percent else {})},
+        xaxis={
+            "title": {"text": unit},
+            "range": [0, top],
+            "showgrid": True,
+            **({"tickformat": ".0%"} if percent else {}),
+        },
         yaxis={"visible": False, "range": [len(names) - 0.5, -0.75]},
-        annotations=[{"x": 0, "xref": "paper", "y": i - 0.4, "text": name, "showarrow": False, "xanchor": "left", "yanchor": "middle"}
-                     for i, name in enumerate(names)],
+        annotations=[
+            {
+                "x": 0,
+                "xref": "paper",
+                "y": i - 0.4,
+                "text": name,
+                "showarrow": False,
+                "xanchor": "left",
+                "yanchor": "middle",
+            }
+            for i, name in enumerate(names)
+        ],
     )
 
 
@@ -43,10 +90,20 @@ def domain_shares(share_domain_expert: dict[str, list], *, height: int = 260) ->
     n_experts = len(next(iter(share_domain_expert.values())))
     rows = {domain: dict(enumerate(shares)) for domain, shares in share_domain_expert.items()}
     colors = dict(enumerate(theme.expert_colors(n_experts)))
-    return stacked_rows(rows, colors, unit="share of the domain's slots", top=1.0, percent=True, legend=False, height=height)
+    return stacked_rows(
+        rows,
+        colors,
+        unit="share of the domain's slots",
+        top=1.0,
+        percent=True,
+        legend=False,
+        height=height,
+    )
 
 
-def characters_in_color(text: str, experts: list[int], *, n_experts: int, columns: int = 36, height: int = 320) -> go.Figure:
+def characters_in_color(
+    text: str, experts: list[int], *, n_experts: int, columns: int = 36, height: int = 320
+) -> go.Figure:
     """Text as it stands in its file, line by line, each character on a tile of its expert's colour; long lines are continued below.
 
     Args:
@@ -67,19 +124,57 @@ def characters_in_color(text: str, experts: list[int], *, n_experts: int, column
         column, line = (0, line + 1) if character == "\n" else (column + 1, line)
     x, y = [place[0] for place in places], [place[1] for place in places]
     colors = [theme.expert_color(e, n_experts) for e in experts]
-    shown = ["⏎" if c == "\n" else "" if c == " " else c for c in text]  # a blank is a bare tile: letters are what takes time to draw
-    tiles = go.Bar(orientation="h", base=[v - 0.46 for v in x], x=[0.92] * len(x), y=y, width=0.86, hoverinfo="skip",
-                   marker={"color": [theme.fade(c, 0.45) for c in colors], "line": {"width": 0}})
-    letters = go.Scatter(x=x, y=y, mode="text", text=shown, name="characters", cliponaxis=False, textfont={"family": "monospace", "size": 13},
-                         customdata=[f"{c or 'blank'}: expert {e}" for c, e in zip(shown, experts)], meta="character and expert")
+    shown = [
+        "⏎" if c == "\n" else "" if c == " " else c for c in text
+    ]  # a blank is a bare tile: letters are what takes time to draw
+    tiles = go.Bar(
+        orientation="h",
+        base=[v - 0.46 for v in x],
+        x=[0.92] * len(x),
+        y=y,
+        width=0.86,
+        hoverinfo="skip",
+        marker={"color": [theme.fade(c, 0.45) for c in colors], "line": {"width": 0}},
+    )
+    letters = go.Scatter(
+        x=x,
+        y=y,
+        mode="text",
+        text=shown,
+        name="characters",
+        cliponaxis=False,
+        textfont={"family": "monospace", "size": 13},
+        customdata=[f"{c or 'blank'}: expert {e}" for c, e in zip(shown, experts)],
+        meta="character and expert",
+    )
     bare = {"visible": False, "showgrid": False}
     # The key is a first row of tiles: it stays in one line on a phone, where a legend does not.
     key = [9 + 27 * e / n_experts for e in range(n_experts)]
-    names = go.Scatter(x=[2.5, *key], y=[-1.6] * (n_experts + 1), mode="text", text=["expert", *map(str, range(n_experts))], cliponaxis=False,
-                       textfont={"size": 13})
-    key_tiles = go.Bar(orientation="h", base=[v - 0.8 for v in key], x=[1.6] * n_experts, y=[-1.6] * n_experts, width=0.95, hoverinfo="skip",
-                       marker={"color": [theme.fade(c, 0.45) for c in theme.expert_colors(n_experts)], "line": {"width": 0}})
+    names = go.Scatter(
+        x=[2.5, *key],
+        y=[-1.6] * (n_experts + 1),
+        mode="text",
+        text=["expert", *map(str, range(n_experts))],
+        cliponaxis=False,
+        textfont={"size": 13},
+    )
+    key_tiles = go.Bar(
+        orientation="h",
+        base=[v - 0.8 for v in key],
+        x=[1.6] * n_experts,
+        y=[-1.6] * n_experts,
+        width=0.95,
+        hoverinfo="skip",
+        marker={
+            "color": [theme.fade(c, 0.45) for c in theme.expert_colors(n_experts)],
+            "line": {"width": 0},
+        },
+    )
     return theme.figure(
-        [tiles, letters, key_tiles, names], height=height, barmode="overlay", margin={"l": 0, "r": 0, "t": 4, "b": 8},
-        xaxis={**bare, "range": [-0.6, columns - 0.4]}, yaxis={**bare, "range": [max(max(y), 8) + 0.5, -2.2]},
+        [tiles, letters, key_tiles, names],
+        height=height,
+        barmode="overlay",
+        margin={"l": 0, "r": 0, "t": 4, "b": 8},
+        xaxis={**bare, "range": [-0.6, columns - 0.4]},
+        yaxis={**bare, "range": [max(max(y), 8) + 0.5, -2.2]},
     )

@@ -7,7 +7,16 @@ from ._arrays import array
 from .lines import curves
 
 
-def queues(expert_indices, kept, *, n_experts: int, capacity: int, tokens: list[str] | None = None, rows: int = 12, height: int = 380) -> go.Figure:
+def queues(
+    expert_indices,
+    kept,
+    *,
+    n_experts: int,
+    capacity: int,
+    tokens: list[str] | None = None,
+    rows: int = 12,
+    height: int = 380,
+) -> go.Figure:
     """One queue per expert, one square per token in the order of arrival; those below the dashed line got in, the others are hollow.
 
     Args:
@@ -19,13 +28,18 @@ def queues(expert_indices, kept, *, n_experts: int, capacity: int, tokens: list[
     Raises:
         ValueError: a queue is longer than ``rows``.
     """
-    index_T, kept_T = array(expert_indices, 1, "expert_indices").astype(int), array(kept, 1, "kept").astype(bool)
+    index_T, kept_T = (
+        array(expert_indices, 1, "expert_indices").astype(int),
+        array(kept, 1, "kept").astype(bool),
+    )
     labels = [str(t) for t in range(len(index_T))] if tokens is None else [str(t) for t in tokens]
     points = {True: [], False: []}
     for e in range(n_experts):
         queue = [t for t in range(len(index_T)) if index_T[t] == e]
         if len(queue) > rows:
-            raise ValueError(f"the queue of expert {e} has {len(queue)} tokens; rows={rows} must be at least as many")
+            raise ValueError(
+                f"the queue of expert {e} has {len(queue)} tokens; rows={rows} must be at least as many"
+            )
         # those who got in stand in front, each group in the order of the batch
         for place, t in enumerate(sorted(queue, key=lambda t: not kept_T[t])):
             points[bool(kept_T[t])].append((e, place, labels[t]))
@@ -33,22 +47,58 @@ def queues(expert_indices, kept, *, n_experts: int, capacity: int, tokens: list[
     squares = []
     for inside, name in ((True, "got in"), (False, "dropped")):
         colors = [theme.expert_color(e, n_experts) for e, _, _ in points[inside]]
-        squares.append(go.Scatter(
-            x=[e for e, _, _ in points[inside]], y=[place + 0.5 for _, place, _ in points[inside]], mode="markers+text", name=name,
-            text=[f" {label}" for _, _, label in points[inside]], textposition="middle right", textfont={"size": 13, "color": theme.INK},
-            customdata=[label for _, _, label in points[inside]], meta="token", cliponaxis=False,
-            marker={"symbol": "square", "size": side, "color": colors if inside else theme.CLEAR, "line": {"color": colors, "width": 2}},
-        ))
-    line = go.Scatter(x=[-0.5, n_experts - 0.5], y=[capacity, capacity], mode="lines+text", text=["", f" capacity {capacity}"], textposition="middle right",
-                      cliponaxis=False, hoverinfo="skip", line={"color": theme.INK, "dash": "dash", "width": 1.5}, textfont={"color": theme.INK})
+        squares.append(
+            go.Scatter(
+                x=[e for e, _, _ in points[inside]],
+                y=[place + 0.5 for _, place, _ in points[inside]],
+                mode="markers+text",
+                name=name,
+                text=[f" {label}" for _, _, label in points[inside]],
+                textposition="middle right",
+                textfont={"size": 13, "color": theme.INK},
+                customdata=[label for _, _, label in points[inside]],
+                meta="token",
+                cliponaxis=False,
+                marker={
+                    "symbol": "square",
+                    "size": side,
+                    "color": colors if inside else theme.CLEAR,
+                    "line": {"color": colors, "width": 2},
+                },
+            )
+        )
+    line = go.Scatter(
+        x=[-0.5, n_experts - 0.5],
+        y=[capacity, capacity],
+        mode="lines+text",
+        text=["", f" capacity {capacity}"],
+        textposition="middle right",
+        cliponaxis=False,
+        hoverinfo="skip",
+        line={"color": theme.INK, "dash": "dash", "width": 1.5},
+        textfont={"color": theme.INK},
+    )
     return theme.figure(
-        [*squares, line], height=height, margin={"l": 56, "r": 96, "t": 12, "b": 48},
-        xaxis={"title": {"text": "expert"}, "range": [-0.5, n_experts - 0.5], "tickvals": list(range(n_experts))},
-        yaxis={"title": {"text": "place in the queue"}, "range": [0, rows], "dtick": 2, "showgrid": False},
+        [*squares, line],
+        height=height,
+        margin={"l": 56, "r": 96, "t": 12, "b": 48},
+        xaxis={
+            "title": {"text": "expert"},
+            "range": [-0.5, n_experts - 0.5],
+            "tickvals": list(range(n_experts)),
+        },
+        yaxis={
+            "title": {"text": "place in the queue"},
+            "range": [0, rows],
+            "dtick": 2,
+            "showgrid": False,
+        },
     )
 
 
-def drop_profile(rates: dict[str, object], *, x_title: str, top: float, height: int = 320) -> go.Figure:
+def drop_profile(
+    rates: dict[str, object], *, x_title: str, top: float, height: int = 320
+) -> go.Figure:
     """The drop rate in each part of a batch, policy by policy: mean over seeds as a line, smallest to largest as a band.
 
     Args:
@@ -56,5 +106,12 @@ def drop_profile(rates: dict[str, object], *, x_title: str, top: float, height: 
         top: upper end of the axis, fixed across the frames of an Explorer.
     """
     parts = array(next(iter(rates.values())), 2, "rates").shape[1]
-    drawn = curves(dict(rates), x=list(range(1, parts + 1)), x_title=x_title, y_title="share of slots dropped", y_range=(0, top), height=height)
+    drawn = curves(
+        dict(rates),
+        x=list(range(1, parts + 1)),
+        x_title=x_title,
+        y_title="share of slots dropped",
+        y_range=(0, top),
+        height=height,
+    )
     return drawn.update_yaxes(tickformat=".0%")

@@ -1,11 +1,14 @@
 """Chapter 11: routers in rows, and the plan that Sinkhorn balances."""
+
 import plotly.graph_objects as go
 
 from .. import theme
 from ._arrays import array
 
 
-def standings(values: dict, *, x_title: str, x_range, out: dict | None = None, decimals: int = 2) -> go.Figure:
+def standings(
+    values: dict, *, x_title: str, x_range, out: dict | None = None, decimals: int = 2
+) -> go.Figure:
     """One row per name, a dot for each seed and a bar at their mean; a name that is out says why instead.
 
     Args:
@@ -18,18 +21,50 @@ def standings(values: dict, *, x_title: str, x_range, out: dict | None = None, d
     rows = {name: (i, array(value, 1, name)) for i, (name, value) in enumerate(values.items())}
     kept = [(i, value_S, name) for name, (i, value_S) in rows.items() if name not in out]
     dots = go.Scatter(
-        x=[float(v) for _, value_S, _ in kept for v in value_S], y=[i for i, value_S, _ in kept for _ in value_S], mode="markers", name="seed",
-        marker={"size": 10, "color": theme.fade(theme.OKABE_ITO[0], 0.45), "line": {"color": theme.OKABE_ITO[0], "width": 1.5}})
+        x=[float(v) for _, value_S, _ in kept for v in value_S],
+        y=[i for i, value_S, _ in kept for _ in value_S],
+        mode="markers",
+        name="seed",
+        marker={
+            "size": 10,
+            "color": theme.fade(theme.OKABE_ITO[0], 0.45),
+            "line": {"color": theme.OKABE_ITO[0], "width": 1.5},
+        },
+    )
     means = go.Scatter(
-        x=[float(value_S.mean()) for _, value_S, _ in kept], y=[i for i, _, _ in kept], mode="markers", name="mean",
-        marker={"symbol": "line-ns", "size": 18, "line": {"color": theme.INK, "width": 2.5}})
-    reasons = go.Scatter(x=[x_range[0]] * len(out), y=[rows[name][0] for name in out], mode="text", text=[f"  {why}" for why in out.values()],
-                         textposition="middle right", textfont={"size": 12, "color": theme.MUTED}, name="out", hoverinfo="skip")
-    labels = [name if name in out else f"{name}  {value_S.mean():.{decimals}f}" for name, (_, value_S) in rows.items()]
-    return theme.figure([dots, means, reasons], height=70 + 30 * len(rows), margin={"l": 158, "r": 12, "t": 8, "b": 48},
-                        xaxis={"title": {"text": x_title}, "range": list(x_range), "showgrid": True, "nticks": 6},
-                        yaxis={"tickvals": list(range(len(rows))), "ticktext": labels, "range": [len(rows) - 0.4, -0.6], "showgrid": False,
-                               "tickfont": {"size": 12}})
+        x=[float(value_S.mean()) for _, value_S, _ in kept],
+        y=[i for i, _, _ in kept],
+        mode="markers",
+        name="mean",
+        marker={"symbol": "line-ns", "size": 18, "line": {"color": theme.INK, "width": 2.5}},
+    )
+    reasons = go.Scatter(
+        x=[x_range[0]] * len(out),
+        y=[rows[name][0] for name in out],
+        mode="text",
+        text=[f"  {why}" for why in out.values()],
+        textposition="middle right",
+        textfont={"size": 12, "color": theme.MUTED},
+        name="out",
+        hoverinfo="skip",
+    )
+    labels = [
+        name if name in out else f"{name}  {value_S.mean():.{decimals}f}"
+        for name, (_, value_S) in rows.items()
+    ]
+    return theme.figure(
+        [dots, means, reasons],
+        height=70 + 30 * len(rows),
+        margin={"l": 158, "r": 12, "t": 8, "b": 48},
+        xaxis={"title": {"text": x_title}, "range": list(x_range), "showgrid": True, "nticks": 6},
+        yaxis={
+            "tickvals": list(range(len(rows))),
+            "ticktext": labels,
+            "range": [len(rows) - 0.4, -0.6],
+            "showgrid": False,
+            "tickfont": {"size": 12},
+        },
+    )
 
 
 def plan(shares, chosen) -> go.Figure:
@@ -41,12 +76,43 @@ def plan(shares, chosen) -> go.Figure:
     """
     share_TE, chosen_T = array(shares, 2, "shares"), array(chosen, 1, "chosen").astype(int)
     T, E = share_TE.shape
-    cells = go.Heatmap(x=list(range(E)), y=list(range(T)), z=share_TE.round(3).tolist(), zmin=0, zmax=1, showscale=False, xgap=3, ygap=3, meta="share",
-                       colorscale=[[0, theme.fade(theme.OKABE_ITO[0], 0.04)], [1, theme.fade(theme.OKABE_ITO[0], 0.9)]])
-    frames = go.Scatter(x=chosen_T.tolist(), y=list(range(T)), mode="markers", hoverinfo="skip",
-                       marker={"symbol": "square-open", "size": 22, "color": theme.INK, "line": {"width": 2}})
-    return theme.figure([cells, frames], height=90 + 34 * T, margin={"l": 96, "r": 12, "t": 8, "b": 64},
-                        xaxis={"title": {"text": "expert, and the sum of its column"}, "tickvals": list(range(E)),
-                               "ticktext": [f"{e}<br>{v:.2f}" for e, v in enumerate(share_TE.sum(0))]},
-                        yaxis={"tickvals": list(range(T)), "ticktext": [f"{'abcdefghijkl'[t]}  sum {v:.2f}" for t, v in enumerate(share_TE.sum(1))],
-                               "range": [T - 0.5, -0.5], "showgrid": False})
+    cells = go.Heatmap(
+        x=list(range(E)),
+        y=list(range(T)),
+        z=share_TE.round(3).tolist(),
+        zmin=0,
+        zmax=1,
+        showscale=False,
+        xgap=3,
+        ygap=3,
+        meta="share",
+        colorscale=[
+            [0, theme.fade(theme.OKABE_ITO[0], 0.04)],
+            [1, theme.fade(theme.OKABE_ITO[0], 0.9)],
+        ],
+    )
+    frames = go.Scatter(
+        x=chosen_T.tolist(),
+        y=list(range(T)),
+        mode="markers",
+        hoverinfo="skip",
+        marker={"symbol": "square-open", "size": 22, "color": theme.INK, "line": {"width": 2}},
+    )
+    return theme.figure(
+        [cells, frames],
+        height=90 + 34 * T,
+        margin={"l": 96, "r": 12, "t": 8, "b": 64},
+        xaxis={
+            "title": {"text": "expert, and the sum of its column"},
+            "tickvals": list(range(E)),
+            "ticktext": [f"{e}<br>{v:.2f}" for e, v in enumerate(share_TE.sum(0))],
+        },
+        yaxis={
+            "tickvals": list(range(T)),
+            "ticktext": [
+                f"{'abcdefghijkl'[t]}  sum {v:.2f}" for t, v in enumerate(share_TE.sum(1))
+            ],
+            "range": [T - 0.5, -0.5],
+            "showgrid": False,
+        },
+    )

@@ -1,4 +1,5 @@
 """Curves with bands over seeds."""
+
 import textwrap
 
 import numpy as np
@@ -8,8 +9,18 @@ from .. import theme
 from ._arrays import array
 
 
-def curves(series: dict, x=None, *, x_title: str = "optimiser step", y_title: str = "loss (nats)", y_range=None, log_x: bool = False, log_y: bool = False,
-           colors: dict | None = None, height: int = 340) -> go.Figure:
+def curves(
+    series: dict,
+    x=None,
+    *,
+    x_title: str = "optimiser step",
+    y_title: str = "loss (nats)",
+    y_range=None,
+    log_x: bool = False,
+    log_y: bool = False,
+    colors: dict | None = None,
+    height: int = 340,
+) -> go.Figure:
     """Lines over time or size, each with a band that spans its seeds, and its name written at its end.
 
     Args:
@@ -24,24 +35,51 @@ def curves(series: dict, x=None, *, x_title: str = "optimiser step", y_title: st
     """
     traces, ends = [], []
     for i, (name, values) in enumerate(series.items()):
-        mean, low, high = (array(v, 1, name) for v in values) if isinstance(values, tuple) else _band(array(values, name=name))
+        mean, low, high = (
+            (array(v, 1, name) for v in values)
+            if isinstance(values, tuple)
+            else _band(array(values, name=name))
+        )
         given = x.get(name) if isinstance(x, dict) else x
         at = np.arange(len(mean)) if given is None else array(given, 1, "x")
         if len(at) != len(mean):
             raise ValueError(f"series {name!r} has {len(mean)} points; x has {len(at)}")
         color = (colors or {}).get(name, theme.OKABE_ITO[i % len(theme.OKABE_ITO)])
         if not np.array_equal(low, high):
-            traces.append(go.Scatter(x=[*at, *at[::-1]], y=[*high, *low[::-1]], fill="toself", fillcolor=theme.fade(color, 0.2), mode="none",
-                                     hoverinfo="skip"))
-        traces.append(go.Scatter(x=at.tolist(), y=mean.tolist(), mode="lines" if len(mean) > 1 else "markers", name=name,
-                                 line={"color": color, "width": 2.5}, marker={"color": color, "size": 9}, cliponaxis=False))
+            traces.append(
+                go.Scatter(
+                    x=[*at, *at[::-1]],
+                    y=[*high, *low[::-1]],
+                    fill="toself",
+                    fillcolor=theme.fade(color, 0.2),
+                    mode="none",
+                    hoverinfo="skip",
+                )
+            )
+        traces.append(
+            go.Scatter(
+                x=at.tolist(),
+                y=mean.tolist(),
+                mode="lines" if len(mean) > 1 else "markers",
+                name=name,
+                line={"color": color, "width": 2.5},
+                marker={"color": color, "size": 9},
+                cliponaxis=False,
+            )
+        )
         ends.append((float(at[-1]), float(mean[-1]), name, color))
     kind = {"x": "log" if log_x else "linear", "y": "log" if log_y else "linear"}
     span = y_range or _span(traces, log_y)
     limits = [float(v) for v in (np.log10(span) if log_y else span)]
     return theme.figure(
-        [*traces, *_labels(ends, limits, log_y, height)], height=height,
-        margin={"l": 64, "r": 36 + 8 * max(len(line) for name in series for line in _wrap(name)), "t": 12, "b": 48},
+        [*traces, *_labels(ends, limits, log_y, height)],
+        height=height,
+        margin={
+            "l": 64,
+            "r": 36 + 8 * max(len(line) for name in series for line in _wrap(name)),
+            "t": 12,
+            "b": 48,
+        },
         xaxis={"title": {"text": x_title}, "type": kind["x"], "range": _extent(traces, log_x)},
         yaxis={"title": {"text": y_title}, "type": kind["y"], "range": limits},
     )
@@ -83,8 +121,15 @@ def _labels(ends, limits, log, height):
         half = len(_wrap(name)) / 2 * gap
         centre = max(np.log10(y) if log else y, free + half)
         free = centre + half
-        yield go.Scatter(x=[x], y=[float(10**centre if log else centre)], mode="text", hoverinfo="skip", cliponaxis=False,
-                         text=[f' <span style="color:{color}">●</span> ' + "<br>    ".join(_wrap(name))], textposition="middle right")
+        yield go.Scatter(
+            x=[x],
+            y=[float(10**centre if log else centre)],
+            mode="text",
+            hoverinfo="skip",
+            cliponaxis=False,
+            text=[f' <span style="color:{color}">●</span> ' + "<br>    ".join(_wrap(name))],
+            textposition="middle right",
+        )
 
 
 def _wrap(name):

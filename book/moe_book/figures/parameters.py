@@ -1,21 +1,33 @@
 """Where the parameters of a model are, and which of them one token uses."""
+
 import plotly.graph_objects as go
-from moe_core.accounting import MoESpec, ModelSpec
-from moe_core.accounting.spec import NORMS, LayerSpec
+
+from moe_tools.accounting import ModelSpec, MoESpec
+from moe_tools.accounting.spec import NORMS, LayerSpec
 
 from .. import theme
 from ._ramp import GREY
 from ._units import count
 
 EXPERTS = theme.OKABE_ITO[0]
-COLORS = {"experts": EXPERTS, "experts at rest": theme.fade(EXPERTS, 0.24), "shared experts": theme.OKABE_ITO[4],
-          "attention": theme.OKABE_ITO[1], "router": theme.OKABE_ITO[5], "dense FFN": theme.OKABE_ITO[2], "embedding": theme.OKABE_ITO[3],
-          "head": theme.OKABE_ITO[6], "norms": GREY}
+COLORS = {
+    "experts": EXPERTS,
+    "experts at rest": theme.fade(EXPERTS, 0.24),
+    "shared experts": theme.OKABE_ITO[4],
+    "attention": theme.OKABE_ITO[1],
+    "router": theme.OKABE_ITO[5],
+    "dense FFN": theme.OKABE_ITO[2],
+    "embedding": theme.OKABE_ITO[3],
+    "head": theme.OKABE_ITO[6],
+    "norms": GREY,
+}
 OUTSIDE = "outside the layers"
 WHITE, BLACK = "#ffffff", "#000000"
 
 
-def parameter_treemap(spec: ModelSpec, *, name: str, active_only: bool = False, height: int = 500) -> go.Figure:
+def parameter_treemap(
+    spec: ModelSpec, *, name: str, active_only: bool = False, height: int = 500
+) -> go.Figure:
     """A tile for each part of a model, as large as its parameters: solid what one token uses, below it, faint, the experts at rest.
 
     A list of all parts stands under the tiles, since most are too small for words. The solid band is as high as the active share.
@@ -28,39 +40,80 @@ def parameter_treemap(spec: ModelSpec, *, name: str, active_only: bool = False, 
         active_only: leave the experts at rest out and give all room to the rest.
     """
     groups = parameter_groups(spec)
-    tiles = [(group, part, n) for group, parts in groups.items() for part, n in parts.items() if n and part != "experts at rest"]
-    rest, active, total = sum(parts.get("experts at rest", 0) for parts in groups.values()), spec.active_params, spec.total_params
+    tiles = [
+        (group, part, n)
+        for group, parts in groups.items()
+        for part, n in parts.items()
+        if n and part != "experts at rest"
+    ]
+    rest, active, total = (
+        sum(parts.get("experts at rest", 0) for parts in groups.values()),
+        spec.active_params,
+        spec.total_params,
+    )
     columns = _columns(groups)
     margin = {"l": 0, "r": 0, "t": 44, "b": 17 * max(map(len, columns)) + 14}
     edge = rest / total if rest and not active_only else 0.0
     band = (1 - edge) * (height - margin["t"] - margin["b"])
-    between = None if band < 26 else " " if band < 60 else "<br>"  # no room for words, for one line, for two
+    between = (
+        None if band < 26 else " " if band < 60 else "<br>"
+    )  # no room for words, for one line, for two
     inner = list(dict.fromkeys(group for group, _, _ in tiles))
     sums = [sum(n for g, _, n in tiles if g == group) for group in inner]
     used = _treemap(
-        [name, *inner, *(part for _, part, _ in tiles)], ["", *[name] * len(inner), *(group for group, _, _ in tiles)],
-        [sum(sums), *sums, *(n for _, _, n in tiles)], [""] * (1 + len(inner)) + [_label(part, n, between) for _, part, n in tiles],
+        [name, *inner, *(part for _, part, _ in tiles)],
+        ["", *[name] * len(inner), *(group for group, _, _ in tiles)],
+        [sum(sums), *sums, *(n for _, _, n in tiles)],
+        [""] * (1 + len(inner)) + [_label(part, n, between) for _, part, n in tiles],
         [theme.CLEAR] * (1 + len(inner)) + [COLORS[part] for _, part, _ in tiles],
-        [theme.INK] * (1 + len(inner)) + [_ink(part) for _, part, _ in tiles], [edge, 1])
+        [theme.INK] * (1 + len(inner)) + [_ink(part) for _, part, _ in tiles],
+        [edge, 1],
+    )
     part = "experts at rest"
-    unused = _treemap([part], [""], [rest], [_label(part, rest, "<br>")], [COLORS[part]], [theme.INK], [0, edge])
+    unused = _treemap(
+        [part], [""], [rest], [_label(part, rest, "<br>")], [COLORS[part]], [theme.INK], [0, edge]
+    )
     percent = f"{100 * active / total:.{1 if active < 0.1 * total else 0}f} %"
     head = f"<b>{name}</b>: {count(total)} parameters<br>a token uses {count(active)}, {percent} (solid)"
     return theme.figure(
-        [used, unused] if edge else [used], height=height, margin=margin, uniformtext={"minsize": 10, "mode": "hide"},
-        annotations=[_words(head, 0, 1, "bottom", 14),
-                     *(_words("<br>".join(lines), x, 0, "top", 12, -6) for x, lines in zip((0, 0.5), columns))],
-        xaxis={"visible": False, "title": {"text": "belongs to"}}, yaxis={"visible": False, "title": {"text": "part"}},
+        [used, unused] if edge else [used],
+        height=height,
+        margin=margin,
+        uniformtext={"minsize": 10, "mode": "hide"},
+        annotations=[
+            _words(head, 0, 1, "bottom", 14),
+            *(
+                _words("<br>".join(lines), x, 0, "top", 12, -6)
+                for x, lines in zip((0, 0.5), columns)
+            ),
+        ],
+        xaxis={"visible": False, "title": {"text": "belongs to"}},
+        yaxis={"visible": False, "title": {"text": "part"}},
     )
 
 
 def _treemap(labels, parents, values, text, colors, inks, y):
     # Several groups have norms: a name alone says not which.
-    ids = [label if parent in ("", labels[0]) else f"{parent}: {label}" for label, parent in zip(labels, parents)]
+    ids = [
+        label if parent in ("", labels[0]) else f"{parent}: {label}"
+        for label, parent in zip(labels, parents)
+    ]
     return go.Treemap(
-        ids=ids, labels=labels, parents=parents, values=values, branchvalues="total", meta="parameters", text=text,
-        textinfo="text", textposition="middle center", textfont={"size": 13, "color": inks}, pathbar={"visible": False}, domain={"y": y},
-        marker={"colors": colors, "line": {"width": 0}, "pad": dict.fromkeys("tlrb", 0)}, tiling={"packing": "squarify", "pad": 2})
+        ids=ids,
+        labels=labels,
+        parents=parents,
+        values=values,
+        branchvalues="total",
+        meta="parameters",
+        text=text,
+        textinfo="text",
+        textposition="middle center",
+        textfont={"size": 13, "color": inks},
+        pathbar={"visible": False},
+        domain={"y": y},
+        marker={"colors": colors, "line": {"width": 0}, "pad": dict.fromkeys("tlrb", 0)},
+        tiling={"packing": "squarify", "pad": 2},
+    )
 
 
 def parameter_groups(spec: ModelSpec) -> dict[str, dict[str, int]]:
@@ -68,12 +121,27 @@ def parameter_groups(spec: ModelSpec) -> dict[str, dict[str, int]]:
     D, norm = spec.d_model, NORMS[spec.norm] * spec.d_model
     kinds: dict[tuple, list[LayerSpec]] = {}
     for layer in spec.layers:
-        kinds.setdefault((bool(layer.moes), len(layer.moes) < len(layer.feed_forwards)), []).append(layer)
+        kinds.setdefault((bool(layer.moes), len(layer.moes) < len(layer.feed_forwards)), []).append(
+            layer
+        )
     groups = {}
     for (has_moe, has_dense), layers in sorted(kinds.items(), reverse=True):
-        parts = dict.fromkeys(("experts at rest", "experts", "shared experts", "router", "dense FFN", "attention", "norms"), 0)
+        parts = dict.fromkeys(
+            (
+                "experts at rest",
+                "experts",
+                "shared experts",
+                "router",
+                "dense FFN",
+                "attention",
+                "norms",
+            ),
+            0,
+        )
         for layer in layers:
-            parts["attention"] += sum(mixer.matrices(D) + mixer.vectors(D) for mixer in layer.mixers)
+            parts["attention"] += sum(
+                mixer.matrices(D) + mixer.vectors(D) for mixer in layer.mixers
+            )
             parts["norms"] += layer.n_norms * norm
             for f in layer.feed_forwards:
                 counted = {part: sum(numbers) for part, numbers in f.parts(D).items()}
@@ -86,8 +154,17 @@ def parameter_groups(spec: ModelSpec) -> dict[str, dict[str, int]]:
                 else:
                     parts["dense FFN"] += counted["dense"]
         kind = "MoE + dense " if has_moe and has_dense else "MoE " if has_moe else "dense "
-        groups[f"{len(layers)} {kind}layer{'' if len(layers) == 1 else 's'}"] = {part: round(n) for part, n in parts.items()}
-    return {**groups, OUTSIDE: {"embedding": spec.parts["embedding"], "head": spec.parts["head"], "norms": spec.n_final_norms * norm}}
+        groups[f"{len(layers)} {kind}layer{'' if len(layers) == 1 else 's'}"] = {
+            part: round(n) for part, n in parts.items()
+        }
+    return {
+        **groups,
+        OUTSIDE: {
+            "embedding": spec.parts["embedding"],
+            "head": spec.parts["head"],
+            "norms": spec.n_final_norms * norm,
+        },
+    }
 
 
 def _label(part, n, between):
@@ -114,5 +191,16 @@ def _columns(groups):
 
 
 def _words(text, x, y, yanchor, size, yshift=0):
-    return {"text": text, "showarrow": False, "xref": "paper", "yref": "paper", "x": x, "y": y, "xanchor": "left", "yanchor": yanchor,
-            "align": "left", "font": {"size": size}, "yshift": yshift}
+    return {
+        "text": text,
+        "showarrow": False,
+        "xref": "paper",
+        "yref": "paper",
+        "x": x,
+        "y": y,
+        "xanchor": "left",
+        "yanchor": yanchor,
+        "align": "left",
+        "font": {"size": size},
+        "yshift": yshift,
+    }

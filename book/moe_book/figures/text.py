@@ -1,4 +1,5 @@
 """Text whose tokens carry the colour of their expert."""
+
 from .. import theme
 from ..passage import Passage
 from ._arrays import array
@@ -6,8 +7,16 @@ from ._arrays import array
 SHOWN = str.maketrans({"\n": "⏎", " ": "·", "\t": "⇥"})
 
 
-def text_in_color(tokens: list[str], experts=None, *, n_experts: int | None = None, kept=None, amount=None, amount_label: str = "experts per token",
-                  amount_max: float | None = None) -> Passage:
+def text_in_color(
+    tokens: list[str],
+    experts=None,
+    *,
+    n_experts: int | None = None,
+    kept=None,
+    amount=None,
+    amount_label: str = "experts per token",
+    amount_max: float | None = None,
+) -> Passage:
     """Running text, each token on a tile of its expert's colour, dropped tokens on a hollow one; or each tinted by an amount.
 
     An Explorer shows it alone, or above a plotly figure: `return figures.text_in_color(...), figures.load_bars(...)`.
@@ -36,13 +45,22 @@ def text_in_color(tokens: list[str], experts=None, *, n_experts: int | None = No
         if values is not None and len(tokens) != len(values):
             raise ValueError(f"tokens has {len(tokens)} entries; {name} has {len(values)}")
     if expert_T is not None and not ((expert_T >= 0) & (expert_T < n_experts)).all():
-        raise ValueError(f"experts must be between 0 and n_experts-1={n_experts - 1}, found {expert_T.min()} to {expert_T.max()}")
+        raise ValueError(
+            f"experts must be between 0 and n_experts-1={n_experts - 1}, found {expert_T.min()} to {expert_T.max()}"
+        )
     if amount_T is not None and not (amount_T >= 0).all():
         raise ValueError("amount must be 0 or more")
     largest = 1.0 if amount_T is None else float(amount_max or amount_T.max(initial=0) or 1)
-    return Passage(words=[token.translate(SHOWN) or "·" for token in tokens], groups=_groups(tokens), experts=_list(expert_T), kept=_list(kept_T),
-                   colors=[] if expert_T is None else theme.expert_colors(n_experts), amount=_list(amount_T),
-                   amount_label=amount_label if amount_T is not None else "", amount_max=largest)
+    return Passage(
+        words=[token.translate(SHOWN) or "·" for token in tokens],
+        groups=_groups(tokens),
+        experts=_list(expert_T),
+        kept=_list(kept_T),
+        colors=[] if expert_T is None else theme.expert_colors(n_experts),
+        amount=_list(amount_T),
+        amount_label=amount_label if amount_T is not None else "",
+        amount_max=largest,
+    )
 
 
 def _list(values):

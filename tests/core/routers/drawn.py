@@ -24,5 +24,10 @@ def survives(router, case, *extra) -> bool:
         if total.requires_grad:
             router.zero_grad()
             total.backward()
-            finite &= all(parameter.grad is None or bool(parameter.grad.isfinite().all()) for parameter in router.parameters())
-    return finite and all(torch.equal(value, before[name]) for name, value in router.state_dict().items())
+            finite &= all(
+                parameter.grad is None or bool(parameter.grad.isfinite().all())
+                for parameter in router.parameters()
+            )
+    return finite and all(
+        torch.equal(value, before[name]) for name, value in router.state_dict().items()
+    )

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_core import CapacityRule, LanguageModel, LMConfig, MixtureOfExperts
+from moe_core.build import top_k_is_a_mean
+from moe_core.experts.zero_computation import ffn_routing
 from moe_core.lm import next_token_loss
-from moe_core.routers import ROUTERS, top_k_is_a_mean
-from moe_core.zero_computation import ffn_routing
+from moe_core.routers import ROUTERS
 
 from ..helpers import config, experts_token_by_token, fast, mask, randn, seeded
 
@@ -22,8 +23,11 @@ TOP_K = {"switch": 1, "base": 1, "gshard": 2}  # what a router leaves no choice 
 STEERED = {"bias_update_rate": 0.1, "mean_ffn_experts": 1.0}
 OPTIONS = {"hash": {"vocab_size": 32}, "zero_computation": STEERED}
 LEARNS_OUTSIDE_THE_GRADIENT = {  # buffers that update may change
-    "loss_free": {"expert_bias"}, "zero_computation": {"expert_bias"}, "relu": {"l1_coefficient"},
-    "expert_threshold": {"cutoffs", "ema_weight", "steps"}, "quantile_balancing": {"beta"},
+    "loss_free": {"expert_bias"},
+    "zero_computation": {"expert_bias"},
+    "relu": {"l1_coefficient"},
+    "expert_threshold": {"cutoffs", "ema_weight", "steps"},
+    "quantile_balancing": {"beta"},
 }
 KINDS = "drawn", "equal tokens", "no logits", "all 1e4", "all -1e4", "far apart"
 every_router = pytest.mark.parametrize("name", NAMES)
@@ -61,7 +65,9 @@ class Situation:
             x = x[:1, :1].expand(self.B, self.N, self.D).contiguous() if x.numel() else x
         if self.kind in ("all 1e4", "all -1e4"):
             x = torch.ones_like(x)
-        token_ids = torch.randint(32, (self.B, self.N), generator=torch.Generator().manual_seed(self.seed))
+        token_ids = torch.randint(
+            32, (self.B, self.N), generator=torch.Generator().manual_seed(self.seed)
+        )
         return x, mask(self.B, self.N, seed=self.seed) if self.padded else None, token_ids
 
     def layer(self, name):
@@ -83,9 +89,15 @@ class Situation:
 def situations(draw) -> Situation:
     E = draw(st.integers(1, 5))
     return Situation(
-        B=draw(st.integers(0, 2)), N=draw(st.integers(0, 5)), E=E, K=draw(st.integers(1, E)), seed=draw(st.integers(0, 99)),
-        kind=draw(st.sampled_from(KINDS)), padded=draw(st.booleans()),
-        dtype=draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16])), training=draw(st.booleans()),
+        B=draw(st.integers(0, 2)),
+        N=draw(st.integers(0, 5)),
+        E=E,
+        K=draw(st.integers(1, E)),
+        seed=draw(st.integers(0, 99)),
+        kind=draw(st.sampled_from(KINDS)),
+        padded=draw(st.booleans()),
+        dtype=draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16])),
+        training=draw(st.booleans()),
     )
 
 
@@ -94,11 +106,17 @@ def state(module):
 
 
 def changed(module, before):
-    return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+    return {
+        name for name, value in module.state_dict().items() if not torch.equal(value, before[name])
+    }
 
 
 def seen_by_experts(moe, routing):
-    return routing if moe.zero_computation_experts is None else ffn_routing(routing, moe.config.n_experts)
+    return (
+        routing
+        if moe.zero_computation_experts is None
+        else ffn_routing(routing, moe.config.n_experts)
+    )
 
 
 @every_router
@@ -112,17 +130,25 @@ def test_the_contract_holds_and_only_kept_slots_reach_the_output(name, situation
     assert changed(moe, before) == set()  # forward learns nothing
     assert y.shape == x.shape and y.dtype == x.dtype and y.isfinite().all()
     assert routing.expert_weights.dtype == torch.promote_types(x.dtype, torch.float32)
-    assert routing.real_tokens.equal(torch.ones(x.shape[:2], dtype=torch.bool) if padding_mask is None else padding_mask)
+    assert routing.real_tokens.equal(
+        torch.ones(x.shape[:2], dtype=torch.bool) if padding_mask is None else padding_mask
+    )
     assert (y[~routing.real_tokens] == 0).all() and (y[~routing.capacity_mask.any(-1)] == 0).all()
     # whatever stands in a slot that is not kept, the experts' output is the same to the bit
-    other = replace(routing, expert_weights=routing.expert_weights.masked_fill(~routing.capacity_mask, 7.0))
+    other = replace(
+        routing, expert_weights=routing.expert_weights.masked_fill(~routing.capacity_mask, 7.0)
+    )
     ffn = seen_by_experts(moe, routing)
     assert torch.equal(moe.experts(x, ffn), moe.experts(x, seen_by_experts(moe, other)))
     if x.dtype == torch.float64:
-        assert torch.allclose(moe.experts(x, ffn), experts_token_by_token(moe.experts, x, ffn), atol=1e-10, rtol=1e-10)
+        assert torch.allclose(
+            moe.experts(x, ffn), experts_token_by_token(moe.experts, x, ffn), atol=1e-10, rtol=1e-10
+        )
     if not situation.training:
         again = moe(x, padding_mask, token_ids)
-        assert torch.equal(again[0], y) and torch.equal(again[1].expert_indices, routing.expert_indices)
+        assert torch.equal(again[0], y) and torch.equal(
+            again[1].expert_indices, routing.expert_indices
+        )
 
 
 @every_router
@@ -143,9 +169,13 @@ def test_update_moves_all_of_the_state_on_an_ordinary_batch_and_nothing_without_
     moe, x, token_ids = layer(name), randn(4, 16, 8) + 0.5, torch.arange(64).view(4, 16) % 32
     before = state(moe)
     moe.router.update([])
-    assert changed(moe, before) <= {"router.steps"}  # an optimiser step has passed: the warm-up of the thresholds counts it
+    assert changed(moe, before) <= {
+        "router.steps"
+    }  # an optimiser step has passed: the warm-up of the thresholds counts it
     moe.router.update([moe(x, None, token_ids)[1]])
-    assert changed(moe, before) == {f"router.{buffer}" for buffer in LEARNS_OUTSIDE_THE_GRADIENT.get(name, ())}
+    assert changed(moe, before) == {
+        f"router.{buffer}" for buffer in LEARNS_OUTSIDE_THE_GRADIENT.get(name, ())
+    }
 
 
 @every_router
@@ -158,16 +188,26 @@ def test_state_survives_a_state_dict_and_a_copy(name):
     y, routing = moe.eval()(x, None, token_ids)
     for twin in (other.eval(), copy.deepcopy(moe)):
         y_twin, routing_twin = twin(x, None, token_ids)
-        assert torch.equal(y_twin, y) and torch.equal(routing_twin.capacity_mask, routing.capacity_mask)
+        assert torch.equal(y_twin, y) and torch.equal(
+            routing_twin.capacity_mask, routing.capacity_mask
+        )
 
 
 @every_router
 def test_the_output_teaches_the_router_and_every_expert_gets_a_gradient(name):
-    moe, x, token_ids = layer(name), randn(4, 16, 8).requires_grad_(), torch.arange(64).view(4, 16) % 32
+    moe, x, token_ids = (
+        layer(name),
+        randn(4, 16, 8).requires_grad_(),
+        torch.arange(64).view(4, 16) % 32,
+    )
     y, routing = seeded(moe, x, None, token_ids)
     (y * randn(4, 16, 8, seed=5)).sum().backward()
-    assert x.grad.isfinite().all() and moe.experts.down_proj.grad.flatten(1).abs().sum(1).gt(0).all()
-    if name == "hash":  # weights are 1/K whatever the token looks like; see its own tests for the learned ones
+    assert (
+        x.grad.isfinite().all() and moe.experts.down_proj.grad.flatten(1).abs().sum(1).gt(0).all()
+    )
+    if (
+        name == "hash"
+    ):  # weights are 1/K whatever the token looks like; see its own tests for the learned ones
         assert not routing.expert_weights.requires_grad
     else:
         assert moe.router.weight.grad.isfinite().all() and moe.router.weight.grad.abs().sum() > 0
@@ -179,7 +219,10 @@ def test_a_token_that_is_no_number_is_refused_by_the_check(name, bad):
     moe, x, token_ids = layer(name).eval(), randn(2, 4, 8), torch.arange(8).view(2, 4)
     x[1, 2, 3] = bad
     if name == "hash":  # it never looks at the token
-        routing, other = moe.router(x, None, token_ids).check(), moe.router(randn(2, 4, 8), None, token_ids)
+        routing, other = (
+            moe.router(x, None, token_ids).check(),
+            moe.router(randn(2, 4, 8), None, token_ids),
+        )
         assert torch.equal(routing.expert_indices, other.expert_indices)
         return
     with pytest.raises(ValueError, match="NaN or infinity"):
@@ -188,7 +231,11 @@ def test_a_token_that_is_no_number_is_refused_by_the_check(name, bad):
 
 @every_router
 def test_a_batch_of_nothing_but_padding_gives_zero_and_finite_losses(name):
-    moe, x, token_ids = layer(name), randn(2, 4, 8).requires_grad_(), torch.zeros(2, 4, dtype=torch.int64)
+    moe, x, token_ids = (
+        layer(name),
+        randn(2, 4, 8).requires_grad_(),
+        torch.zeros(2, 4, dtype=torch.int64),
+    )
     y, routing = moe(x, torch.zeros(2, 4, dtype=torch.bool), token_ids)
     (y.sum() + routing.check().aux_loss).backward()
     assert (y == 0).all() and not routing.selected_mask.any() and (x.grad == 0).all()
@@ -196,13 +243,25 @@ def test_a_batch_of_nothing_but_padding_gives_zero_and_finite_losses(name):
 
 
 def language_model(name, **changes) -> LanguageModel:
-    moe = config(router=name, d_model=16, d_ff=12, top_k=TOP_K.get(name, 2), **{"router_options": OPTIONS.get(name, {}), **changes})
-    return seeded(LanguageModel, LMConfig(vocab_size=32, d_model=16, n_layers=2, n_heads=2, max_seq_len=8, moe=moe))
+    moe = config(
+        router=name,
+        d_model=16,
+        d_ff=12,
+        top_k=TOP_K.get(name, 2),
+        **{"router_options": OPTIONS.get(name, {}), **changes},
+    )
+    return seeded(
+        LanguageModel,
+        LMConfig(vocab_size=32, d_model=16, n_layers=2, n_heads=2, max_seq_len=8, moe=moe),
+    )
 
 
 @every_router
 def test_a_language_model_learns_a_batch_in_five_steps(name):
-    lm, tokens = language_model(name), torch.randint(32, (4, 8), generator=torch.Generator().manual_seed(0))
+    lm, tokens = (
+        language_model(name),
+        torch.randint(32, (4, 8), generator=torch.Generator().manual_seed(0)),
+    )
     optimizer, losses = torch.optim.AdamW(lm.parameters(), lr=1e-2), []
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -240,12 +299,23 @@ RUNS_UNTIL_DONE = {"base", "sinkhorn"}  # an assignment and an iteration to a to
 @pytest.mark.parametrize("training", [False, True])
 def test_a_router_never_waits_for_a_tensors_value(name, padded, training):
     """Under FakeTensorMode reading a value raises, as it would stall a GPU."""
-    router, x, token_ids = layer(name).router.train(training), randn(2, 8, 8), torch.zeros(2, 8, dtype=torch.int64)
+    router, x, token_ids = (
+        layer(name).router.train(training),
+        randn(2, 8, 8),
+        torch.zeros(2, 8, dtype=torch.int64),
+    )
     padding_mask = torch.ones(2, 8, dtype=torch.bool) if padded else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         if name in RUNS_UNTIL_DONE and training:
-            with pytest.raises(Exception, match="aten._local_scalar_dense|aten.nonzero|data-dependent|DataDependent"):
+            with pytest.raises(
+                Exception,
+                match="aten._local_scalar_dense|aten.nonzero|data-dependent|DataDependent",
+            ):
                 router(x, padding_mask)
         else:
-            routing = router(x, padding_mask, token_ids) if router.needs_token_ids else router(x, padding_mask)
+            routing = (
+                router(x, padding_mask, token_ids)
+                if router.needs_token_ids
+                else router(x, padding_mask)
+            )
             assert routing.aux_loss.shape == ()

@@ -31,9 +31,20 @@ def with_logits(rows, **changes):
 
 @fast
 @given(cases(), pools, score_funcs, fractions)
-def test_every_routing_keeps_the_contract_and_each_expert_has_exactly_its_share(case, scope, score_func, fraction):
+def test_every_routing_keeps_the_contract_and_each_expert_has_exactly_its_share(
+    case, scope, score_func, fraction
+):
     expansion = case.K * fraction
-    r = seeded(ExpertChoiceRouter, case.D, case.E, expansion, scope=scope, score_func=score_func, z_loss_weight=0.01, seed=case.seed)
+    r = seeded(
+        ExpertChoiceRouter,
+        case.D,
+        case.E,
+        expansion,
+        scope=scope,
+        score_func=score_func,
+        z_loss_weight=0.01,
+        seed=case.seed,
+    )
     with torch.no_grad():
         r.weight *= case.scale
     routing = r(case.x(), case.padding_mask()).check()
@@ -57,12 +68,22 @@ def test_a_case_by_hand():
     # Softmax over the two experts depends on the difference only: 2, 1, 0, -3. Expert 0 wants tokens 0 and 1, expert 1 tokens 3 and 2.
     r, x = with_logits([[2, 0], [6, 5], [1, 1], [0, 3]])
     routing = r(x).check()
-    assert routing.capacity_mask[0].tolist() == [[True, False], [True, False], [False, True], [False, True]]
+    assert routing.capacity_mask[0].tolist() == [
+        [True, False],
+        [True, False],
+        [False, True],
+        [False, True],
+    ]
     assert routing.expert_weights[0, 0, 0].item() == pytest.approx(1 / (1 + torch.e**-2), rel=1e-6)
 
 
 def test_softmax_ranks_by_probability_and_sigmoid_by_logit():
-    rows = [[9, 9], [1, 0], [0, -9], [2, 3]]  # expert 0, one token: largest logit is token 0, largest probability token 2
+    rows = [
+        [9, 9],
+        [1, 0],
+        [0, -9],
+        [2, 3],
+    ]  # expert 0, one token: largest logit is token 0, largest probability token 2
     for score_func, best in (("sigmoid", 0), ("softmax", 2)):
         r, x = with_logits(rows, expansion=0.5, score_func=score_func)
         assert r(x).capacity_mask[0, :, 0].nonzero().flatten().tolist() == [best]
@@ -80,7 +101,13 @@ def test_expansion_equal_to_n_experts_takes_every_token():
 
 def test_ties_go_to_the_earlier_token():
     r, x = with_logits([[0, 0]] * 5)
-    assert r(x).capacity_mask[0].all(-1).tolist() == [True, True, True, False, False]  # c = ceil(5 / 2)
+    assert r(x).capacity_mask[0].all(-1).tolist() == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]  # c = ceil(5 / 2)
 
 
 def test_who_is_asked_for_more_tokens_than_there_are_takes_the_real_ones_only():
@@ -121,7 +148,10 @@ def test_what_padding_holds_changes_nothing_and_it_is_never_chosen(scope):
     assert torch.allclose(padded.aux_loss, alone.aux_loss)
 
 
-@pytest.mark.parametrize("padding_mask", [torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 3), torch.ones(3, dtype=torch.bool)])
+@pytest.mark.parametrize(
+    "padding_mask",
+    [torch.ones(2, 4, dtype=torch.bool), torch.ones(2, 3), torch.ones(3, dtype=torch.bool)],
+)
 def test_a_padding_mask_of_another_shape_or_type_is_refused(padding_mask):
     with pytest.raises(ValueError, match=r"padding_mask must be bool of shape \(2, 3\)"):
         router()(randn(2, 3, 8), padding_mask)
@@ -154,14 +184,17 @@ def test_no_tensor_is_read_on_the_way(scope):
         assert r.weight.grad.shape == r.weight.shape
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"expansion": 0}, "expansion=0 must be above 0 and at most n_experts=4"),
-    ({"expansion": 4.5}, "expansion=4.5 must be above 0 and at most n_experts=4"),
-    ({"expansion": "2"}, "expansion='2' must be above 0"),
-    ({"scope": "group"}, "scope='group' must be one of 'batch', 'sequence'"),
-    ({"score_func": "relu"}, "score_func='relu' must be one of 'softmax', 'sigmoid'"),
-    ({"jitter_noise": 1.0}, "jitter_noise=1.0 must be at least 0.0 and below 1.0"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expansion": 0}, "expansion=0 must be above 0 and at most n_experts=4"),
+        ({"expansion": 4.5}, "expansion=4.5 must be above 0 and at most n_experts=4"),
+        ({"expansion": "2"}, "expansion='2' must be above 0"),
+        ({"scope": "group"}, "scope='group' must be one of 'batch', 'sequence'"),
+        ({"score_func": "relu"}, "score_func='relu' must be one of 'softmax', 'sigmoid'"),
+        ({"jitter_noise": 1.0}, "jitter_noise=1.0 must be at least 0.0 and below 1.0"),
+    ],
+)
 def test_an_argument_out_of_range_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         router(**changes)

@@ -20,7 +20,9 @@ from ..helpers import cases, config, fast, randn, seeded
 
 
 def router(**changes) -> ExpertThresholdRouter:
-    return seeded(ExpertThresholdRouter, **{"d_model": 8, "n_experts": 4, "warmup_steps": 0, **changes})
+    return seeded(
+        ExpertThresholdRouter, **{"d_model": 8, "n_experts": 4, "warmup_steps": 0, **changes}
+    )
 
 
 def identity(n_experts=2, cutoffs=None, **changes) -> ExpertThresholdRouter:
@@ -43,10 +45,27 @@ def unchanged(r, before) -> bool:
 
 
 @fast
-@given(cases(), st.sampled_from([1.0, 0.5, 0.3]), st.sampled_from([None, 0.0, 0.5, 2.0]), st.integers(0, 2), st.booleans())
-def test_every_routing_keeps_the_contract_through_warmup_and_after(case, fraction, band, warmup_steps, calibrated):
-    r = seeded(ExpertThresholdRouter, case.D, case.E, case.K * fraction, warmup_steps=warmup_steps, capacity_band=band,
-               z_loss_weight=0.01, jitter_noise=0.1, seed=case.seed)
+@given(
+    cases(),
+    st.sampled_from([1.0, 0.5, 0.3]),
+    st.sampled_from([None, 0.0, 0.5, 2.0]),
+    st.integers(0, 2),
+    st.booleans(),
+)
+def test_every_routing_keeps_the_contract_through_warmup_and_after(
+    case, fraction, band, warmup_steps, calibrated
+):
+    r = seeded(
+        ExpertThresholdRouter,
+        case.D,
+        case.E,
+        case.K * fraction,
+        warmup_steps=warmup_steps,
+        capacity_band=band,
+        z_loss_weight=0.01,
+        jitter_noise=0.1,
+        seed=case.seed,
+    )
     with torch.no_grad():
         r.weight *= case.scale
     if calibrated:
@@ -58,7 +77,9 @@ def test_every_routing_keeps_the_contract_through_warmup_and_after(case, fractio
         r.update([routing, r(x[:1], None if padding_mask is None else padding_mask[:1]).check()])
         assert r.thresholds.isfinite().all()
     routing = r.eval()(x, padding_mask).check()
-    assert torch.equal(routing.capacity_mask, (routing.logits > r.thresholds) & routing.real_tokens.unsqueeze(-1))
+    assert torch.equal(
+        routing.capacity_mask, (routing.logits > r.thresholds) & routing.real_tokens.unsqueeze(-1)
+    )
 
 
 def test_it_is_called_like_this():
@@ -74,7 +95,11 @@ def test_a_token_goes_to_every_expert_whose_threshold_it_exceeds_with_a_sigmoid_
     r = identity(cutoffs=[0.5, -1.0]).eval()
     x = torch.tensor([[[1.0, 0.0], [0.5, -2.0], [-3.0, -0.5]]])
     routing = r(x).check()
-    assert routing.capacity_mask[0].tolist() == [[True, True], [False, False], [False, True]]  # 0.5 does not exceed 0.5
+    assert routing.capacity_mask[0].tolist() == [
+        [True, True],
+        [False, False],
+        [False, True],
+    ]  # 0.5 does not exceed 0.5
     assert torch.equal(routing.expert_weights, x.sigmoid())  # not normalised
     assert routing.drop_reason[0, 1].tolist() == [DropReason.NOT_SELECTED] * 2
 
@@ -114,7 +139,9 @@ def test_a_tokens_weight_gives_the_router_a_gradient():
 def test_the_cutoff_is_the_kth_largest_raw_logit():
     r, x = identity(n_experts=4, expansion=2.0), randn(2, 9, 4)
     r.update([r(x)])
-    assert torch.allclose(r.thresholds, x.flatten(0, 1).sort(0, descending=True).values[9 - 1], atol=1e-6)  # k = 18 * 2 / 4
+    assert torch.allclose(
+        r.thresholds, x.flatten(0, 1).sort(0, descending=True).values[9 - 1], atol=1e-6
+    )  # k = 18 * 2 / 4
 
 
 def test_the_average_of_a_constant_cutoff_is_that_cutoff_from_the_first_step_on():
@@ -158,7 +185,11 @@ def test_an_update_without_a_real_token_only_counts_the_step():
     before = state(r)
     r.update([r(randn(1, 4, 8), torch.zeros(1, 4, dtype=torch.bool))])
     r.update([])
-    assert r.steps == 3 and torch.equal(r.cutoffs, before["cutoffs"]) and torch.equal(r.ema_weight, before["ema_weight"])
+    assert (
+        r.steps == 3
+        and torch.equal(r.cutoffs, before["cutoffs"])
+        and torch.equal(r.ema_weight, before["ema_weight"])
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -172,7 +203,9 @@ def test_forward_changes_no_state_however_often_it_runs(training):
 
 
 @pytest.mark.parametrize("steps_before", [0, 1, 3])
-def test_recomputation_in_the_backward_pass_changes_nothing_and_gives_the_same_gradients(steps_before):
+def test_recomputation_in_the_backward_pass_changes_nothing_and_gives_the_same_gradients(
+    steps_before,
+):
     r, experts = router(warmup_steps=2, capacity_band=0.25), seeded(Experts, 8, 16, 4)
     for seed in range(steps_before):
         r.update([r(randn(2, 16, 8, seed=10 + seed))])
@@ -195,14 +228,18 @@ def test_on_a_stationary_stream_every_expert_gets_its_share_without_an_auxiliary
     for seed in range(5):
         r = router(n_experts=E, ema_decay=0.98, warmup_steps=10, seed=seed)
         with torch.no_grad():
-            r.weight.copy_(randn(E, 8, seed=seed) * torch.arange(1, E + 1).view(-1, 1))  # logits of very different scales
+            r.weight.copy_(
+                randn(E, 8, seed=seed) * torch.arange(1, E + 1).view(-1, 1)
+            )  # logits of very different scales
         stream, trained = torch.Generator().manual_seed(seed), []
         for _ in range(n_steps):
             routing = r(torch.randn(1, N, 8, generator=stream))
             assert routing.aux_loss == 0
             trained.append(routing.tokens_per_expert / N)
             r.update([routing])
-        assert (torch.stack(trained[50:]).mean(0) - share).abs().max() < 0.01  # in training too, warm-up over
+        assert (
+            torch.stack(trained[50:]).mean(0) - share
+        ).abs().max() < 0.01  # in training too, warm-up over
         r.eval()
         load = r(torch.randn(1, n_eval, 8, generator=stream)).tokens_per_expert / n_eval
         deviations.append((load - share) / sigma)
@@ -245,7 +282,9 @@ def test_without_warmup_sinking_logits_starve_the_experts_and_with_it_they_do_no
     young = torch.stack(share[0][6:13])
     assert young.mean() < 0.05 and (young == 0).any()
     assert (torch.stack(share[40][:40]) == 1 / 4).all()  # expert choice: exact
-    assert torch.stack(share[40][50:]).mean().item() == pytest.approx(1 / 4, abs=0.03)  # and then thresholds that have settled
+    assert torch.stack(share[40][50:]).mean().item() == pytest.approx(
+        1 / 4, abs=0.03
+    )  # and then thresholds that have settled
 
 
 # Warm-up
@@ -262,7 +301,10 @@ def test_warmup_is_expert_choice_and_lasts_the_steps_it_was_given():
 
 
 def test_unless_told_otherwise_warmup_lasts_four_memories():
-    assert [ExpertThresholdRouter(8, 4, ema_decay=beta).warmup_steps for beta in (0.0, 0.5, 0.95, 0.99, 0.999)] == [4, 8, 80, 400, 4000]
+    assert [
+        ExpertThresholdRouter(8, 4, ema_decay=beta).warmup_steps
+        for beta in (0.0, 0.5, 0.95, 0.99, 0.999)
+    ] == [4, 8, 80, 400, 4000]
 
 
 def test_without_warmup_the_first_batch_is_expert_choice_since_there_is_no_threshold_yet():
@@ -298,15 +340,27 @@ def test_who_is_dropped_by_the_band_was_above_the_threshold_and_says_so():
     assert routing.drop_rate.item() == pytest.approx(2 / 10)
 
 
-@pytest.mark.parametrize(("band", "low", "high"), [(0.0, 5, 5), (0.25, 4, 6), (0.3, 4, 6), (0.4, 3, 7), (1.0, 0, 10), (3.0, 0, 20)])
+@pytest.mark.parametrize(
+    ("band", "low", "high"),
+    [(0.0, 5, 5), (0.25, 4, 6), (0.3, 4, 6), (0.4, 3, 7), (1.0, 0, 10), (3.0, 0, 20)],
+)
 def test_the_band_holds_whole_numbers_inside_it_only(band, low, high):
     x = randn(1, 20, 4)  # k = 5
-    assert identity(4, [99.0] * 4, capacity_band=band)(x).check().tokens_per_expert.tolist() == [low] * 4
-    assert identity(4, [-99.0] * 4, capacity_band=band)(x).check().tokens_per_expert.tolist() == [high] * 4
+    assert (
+        identity(4, [99.0] * 4, capacity_band=band)(x).check().tokens_per_expert.tolist()
+        == [low] * 4
+    )
+    assert (
+        identity(4, [-99.0] * 4, capacity_band=band)(x).check().tokens_per_expert.tolist()
+        == [high] * 4
+    )
 
 
 def test_the_band_counts_real_tokens_only():
-    r, padding_mask = identity(cutoffs=[-9.0, 9.0], capacity_band=0.5), torch.tensor([[True] * 8 + [False] * 8])
+    r, padding_mask = (
+        identity(cutoffs=[-9.0, 9.0], capacity_band=0.5),
+        torch.tensor([[True] * 8 + [False] * 8]),
+    )
     assert r(randn(1, 16, 2), padding_mask).check().tokens_per_expert.tolist() == [6, 2]
 
 
@@ -324,7 +378,9 @@ def test_without_a_band_training_is_the_threshold_as_in_eval():
 
 
 def test_tokens_streamed_one_at_a_time_get_the_batchs_routes_and_outputs():
-    moe = seeded(moe_core.MixtureOfExperts, config(router="expert_threshold", top_k=1.5, n_shared_experts=1))
+    moe = seeded(
+        moe_core.MixtureOfExperts, config(router="expert_threshold", top_k=1.5, n_shared_experts=1)
+    )
     for seed in range(3):
         moe.router.update([moe(randn(2, 16, 8, seed=seed))[1]])
     moe.eval()
@@ -350,7 +406,9 @@ def test_later_tokens_and_other_sequences_change_no_route_and_no_output_in_eval(
 
 
 def test_the_shared_expert_enters_with_weight_one():
-    moe = seeded(moe_core.MixtureOfExperts, config(router="expert_threshold", n_shared_experts=1)).eval()
+    moe = seeded(
+        moe_core.MixtureOfExperts, config(router="expert_threshold", n_shared_experts=1)
+    ).eval()
     x = randn(1, 6, 8)
     y, routing = moe(x)
     assert torch.allclose(y, moe.experts(x, routing) + moe.shared_experts(x), atol=1e-6)
@@ -397,7 +455,10 @@ def test_calibration_on_equal_tokens_admits_them_all_rather_than_none():
     assert r.eval()(torch.ones(1, 8, 8)).capacity_mask.all()
 
 
-@pytest.mark.parametrize("batches", [[], [torch.ones(0, 4, 8)], [(torch.ones(1, 4, 8), torch.zeros(1, 4, dtype=torch.bool))]])
+@pytest.mark.parametrize(
+    "batches",
+    [[], [torch.ones(0, 4, 8)], [(torch.ones(1, 4, 8), torch.zeros(1, 4, dtype=torch.bool))]],
+)
 def test_calibration_without_a_real_token_is_refused(batches):
     with pytest.raises(ValueError, match="batches hold no real token"):
         router().calibrate(batches)
@@ -453,14 +514,30 @@ torch.save((torch.stack(seen), r.steps), out)
 
 
 def test_ranks_agree_on_one_threshold_made_of_all_their_tokens(tmp_path):
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(i), str(tmp_path / "store"), str(tmp_path / f"{i}.pt")],
-                              cwd=Path(moe_core.__file__).parents[1]) for i in range(2)]
+    ranks = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                RANK,
+                str(i),
+                str(tmp_path / "store"),
+                str(tmp_path / f"{i}.pt"),
+            ],
+            cwd=Path(moe_core.__file__).parents[1],
+        )
+        for i in range(2)
+    ]
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     (first, steps), (second, _) = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
     assert torch.equal(first, second) and steps == 2
 
     def kth(seed, k=4):
-        return torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(seed))[0].sort(0, descending=True).values[k - 1]
+        return (
+            torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(seed))[0]
+            .sort(0, descending=True)
+            .values[k - 1]
+        )
 
     step_1 = (kth(0) + kth(1)) / 2
     step_2 = (0.9 * 0.1 * step_1 + 0.1 * (kth(2) + kth(3)) / 2) / (1 - 0.9**2)
@@ -468,13 +545,16 @@ def test_ranks_agree_on_one_threshold_made_of_all_their_tokens(tmp_path):
     assert torch.allclose(first, torch.stack([step_1, step_2, calibrated]), atol=1e-6)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"expansion": 0.0}, "expansion=0.0 must be above 0 and at most n_experts=4"),
-    ({"expansion": 5}, "expansion=5 must be above 0 and at most n_experts=4"),
-    ({"ema_decay": 1.0}, "ema_decay=1.0 must be at least 0.0 and below 1.0"),
-    ({"warmup_steps": -1}, "warmup_steps=-1 must be a whole number, at least 0"),
-    ({"capacity_band": -0.5}, "capacity_band=-0.5 must be at least 0"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expansion": 0.0}, "expansion=0.0 must be above 0 and at most n_experts=4"),
+        ({"expansion": 5}, "expansion=5 must be above 0 and at most n_experts=4"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0 must be at least 0.0 and below 1.0"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must be a whole number, at least 0"),
+        ({"capacity_band": -0.5}, "capacity_band=-0.5 must be at least 0"),
+    ],
+)
 def test_an_argument_out_of_range_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         router(**changes)

@@ -24,8 +24,16 @@ def of_gates(first_gate, **options):
 @given(cases())
 def test_every_routing_keeps_the_contract(case):
     if case.E > 1:
-        router = drawn(GShardRouter, case.D, case.E, scale=case.scale, seed=case.seed, capacity_factor=case.capacity_factor,
-                       aux_loss_weight=0.01, z_loss_weight=0.001)
+        router = drawn(
+            GShardRouter,
+            case.D,
+            case.E,
+            scale=case.scale,
+            seed=case.seed,
+            capacity_factor=case.capacity_factor,
+            aux_loss_weight=0.01,
+            z_loss_weight=0.001,
+        )
         assert survives(router, case)
         routing = router(case.x(), case.padding_mask())
         assert routing.selected_mask.sum() == 2 * routing.real_tokens.sum()
@@ -37,7 +45,9 @@ def test_the_second_expert_is_asked_with_twice_the_probability_of_its_gate(first
     routing = seeded(of_gates(first_gate), torch.ones(1, n_tokens, 1)).check()
     expected = 2 * (1 - first_gate)
     asked = routing.selected_mask[..., 1].double().mean().item()
-    assert abs(asked - expected) <= 5 * (expected * (1 - expected) / n_tokens) ** 0.5  # 5 standard deviations; 0 at 2 g = 1
+    assert (
+        abs(asked - expected) <= 5 * (expected * (1 - expected) / n_tokens) ** 0.5
+    )  # 5 standard deviations; 0 at 2 g = 1
     assert routing.selected_mask[..., 0].all()
 
 
@@ -49,7 +59,9 @@ def test_a_second_expert_as_good_as_the_first_is_always_asked_and_a_useless_one_
 def test_gates_are_renormalised_once_and_keep_their_value_when_the_second_is_not_asked():
     routing = of_gates(0.8)(torch.ones(1, 200, 1))
     assert torch.allclose(routing.expert_weights, torch.tensor([0.8, 0.2]), atol=1e-6)
-    assert (routing.drop_reason[..., 1][~routing.selected_mask[..., 1]] == DropReason.NOT_SELECTED).all()
+    assert (
+        routing.drop_reason[..., 1][~routing.selected_mask[..., 1]] == DropReason.NOT_SELECTED
+    ).all()
 
 
 def test_in_eval_the_second_expert_is_always_asked():
@@ -66,7 +78,11 @@ def test_the_lot_can_be_switched_off_and_follows_the_default_generator():
 
 
 def test_a_second_expert_not_asked_adds_exactly_nothing():
-    router, experts, x = drawn(GShardRouter, 4, 4, capacity_factor=None), seeded(Experts, 4, 8, 4, backend="loop"), randn(1, 50, 4)
+    router, experts, x = (
+        drawn(GShardRouter, 4, 4, capacity_factor=None),
+        seeded(Experts, 4, 8, 4, backend="loop"),
+        randn(1, 50, 4),
+    )
     routing = router(x)
     y = experts(x, routing)
     unasked = ~routing.selected_mask[0, :, 1]
@@ -81,7 +97,9 @@ def test_first_choices_queue_before_all_second_ones():
     router = GShardRouter(2, 2, random_second_expert=False, capacity_factor=0.75)  # 3 places
     with torch.no_grad():
         router.weight.copy_(torch.eye(2))
-    x = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]])  # first choices 0, 1, 1, 1; second 1, 0, 0, 0
+    x = torch.tensor(
+        [[[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]]
+    )  # first choices 0, 1, 1, 1; second 1, 0, 0, 0
     kept = router(x).check().capacity_mask[0].tolist()
     assert kept == [[True, False], [True, True], [True, True], [True, False]]
 
@@ -104,7 +122,9 @@ def test_the_balance_loss_counts_first_choices_and_is_e_squared_times_the_writte
     count_E = torch.bincount(routing.expert_indices[..., 0].flatten(), minlength=4)
     written = (count_E / 21 * routing.scores.mean((0, 1))).mean()  # 1/E sum_e c_e/S m_e
     assert torch.allclose(routing.losses["load_balance"], 16 * written, rtol=1e-6)
-    converted = losses.convert_loss(routing.losses["load_balance"], "moe_core", "gshard", n_experts=4, top_k=2)
+    converted = losses.convert_loss(
+        routing.losses["load_balance"], "moe_core", "gshard", n_experts=4, top_k=2
+    )
     assert torch.allclose(converted, written, rtol=1e-6)
 
 

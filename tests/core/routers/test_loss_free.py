@@ -14,7 +14,9 @@ from .drawn import drawn, survives
 
 def routing_with(counts):
     """A top-1 Routing in which expert e got counts[e] tokens."""
-    indices = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).view(1, -1, 1)
+    indices = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).view(
+        1, -1, 1
+    )
     return routing_of(indices, len(counts))
 
 
@@ -25,8 +27,18 @@ def router(n_experts=4, top_k=1, **options) -> LossFreeRouter:
 @fast
 @given(cases())
 def test_every_routing_keeps_the_contract(case):
-    r = drawn(LossFreeRouter, case.D, case.E, case.K, scale=case.scale, seed=case.seed, capacity_factor=case.capacity_factor,
-              sequence_loss_weight=0.01, z_loss_weight=0.001, norm_topk_prob=case.normalized)
+    r = drawn(
+        LossFreeRouter,
+        case.D,
+        case.E,
+        case.K,
+        scale=case.scale,
+        seed=case.seed,
+        capacity_factor=case.capacity_factor,
+        sequence_loss_weight=0.01,
+        z_loss_weight=0.001,
+        norm_topk_prob=case.normalized,
+    )
     r.expert_bias.copy_(3 * randn(case.E, seed=case.seed))
     assert survives(r, case)
 
@@ -68,12 +80,19 @@ def test_micro_batches_are_counted_together_before_the_one_step():
     together.update(parts)  # 5 2 1 0, of which the mean is 2: down, stay, up, up
     for part in parts:
         apart.update([part])
-    assert torch.allclose(together.expert_bias, 0.001 * torch.tensor([-1.25, -0.25, 0.75, 0.75]), atol=1e-9)
-    assert not torch.allclose(together.expert_bias, apart.expert_bias, atol=1e-5)  # so that the test can tell them apart
+    assert torch.allclose(
+        together.expert_bias, 0.001 * torch.tensor([-1.25, -0.25, 0.75, 0.75]), atol=1e-9
+    )
+    assert not torch.allclose(
+        together.expert_bias, apart.expert_bias, atol=1e-5
+    )  # so that the test can tell them apart
 
 
 @fast
-@given(st.lists(st.lists(st.integers(0, 5), min_size=4, max_size=4), min_size=1, max_size=4), st.sampled_from(["sign", "proportional"]))
+@given(
+    st.lists(st.lists(st.integers(0, 5), min_size=4, max_size=4), min_size=1, max_size=4),
+    st.sampled_from(["sign", "proportional"]),
+)
 def test_how_the_step_is_cut_into_micro_batches_does_not_matter(parts, rule):
     together, apart = router(bias_update=rule), router(bias_update=rule)
     together.update([routing_with([sum(column) for column in zip(*parts)])])
@@ -92,14 +111,27 @@ def test_counts_are_exact_where_bfloat16_and_float32_are_not():
             return self.counts_E
 
     r = router()
-    r.update([Counted(torch.tensor([many, many, many, many])), Counted(step * torch.tensor([1, 0, 0, 0])), Counted(step * 0)])
-    assert r.expert_bias.sign().tolist() == [-1, 1, 1, 1]  # in float32 2**24 + 1 is 2**24, and nothing would move
+    r.update(
+        [
+            Counted(torch.tensor([many, many, many, many])),
+            Counted(step * torch.tensor([1, 0, 0, 0])),
+            Counted(step * 0),
+        ]
+    )
+    assert r.expert_bias.sign().tolist() == [
+        -1,
+        1,
+        1,
+        1,
+    ]  # in float32 2**24 + 1 is 2**24, and nothing would move
 
 
 def test_the_mean_of_the_bias_stays_at_zero():
     r = router()
     for _ in range(300):
-        r.update([routing_with([9, 1, 1, 1])])  # three of four signs are +: the mean would reach 300 * 0.0005
+        r.update(
+            [routing_with([9, 1, 1, 1])]
+        )  # three of four signs are +: the mean would reach 300 * 0.0005
     assert abs(r.expert_bias.mean().item()) < 1e-7
     assert r.expert_bias[1] - r.expert_bias[0] == pytest.approx(0.6, rel=1e-4)
 
@@ -146,11 +178,15 @@ def test_the_bias_is_float32_in_a_bfloat16_model_and_moves_there():
 
 def test_padding_and_capacity_are_not_seen_by_the_bias():
     x, padding_mask = randn(2, 6, 8), torch.tensor([[True] * 6, [False] * 6])
-    seen, padded, full = (drawn(LossFreeRouter, 8, 4, 1, capacity_factor=c) for c in (None, None, 0.5))
+    seen, padded, full = (
+        drawn(LossFreeRouter, 8, 4, 1, capacity_factor=c) for c in (None, None, 0.5)
+    )
     seen.update([seen(x[:1])])
     padded.update([padded(x, padding_mask)])
     full.update([full(x[:1])])
-    assert torch.equal(seen.expert_bias, padded.expert_bias) and torch.equal(seen.expert_bias, full.expert_bias)
+    assert torch.equal(seen.expert_bias, padded.expert_bias) and torch.equal(
+        seen.expert_bias, full.expert_bias
+    )
 
 
 def test_an_update_rate_of_zero_freezes_the_bias():
@@ -180,11 +216,14 @@ def test_the_sequence_loss_is_weighted_and_off_by_default():
     assert drawn(LossFreeRouter, 8, 4, 2)(x).losses == {}
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"bias_update": "pid"}, "bias_update='pid' must be one of 'sign', 'proportional'"),
-    ({"bias_update_rate": -1.0}, "bias_update_rate=-1.0 must be at least 0"),
-    ({"n_groups": 3}, "n_groups=3 must divide n_experts=4"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bias_update": "pid"}, "bias_update='pid' must be one of 'sign', 'proportional'"),
+        ({"bias_update_rate": -1.0}, "bias_update_rate=-1.0 must be at least 0"),
+        ({"n_groups": 3}, "n_groups=3 must divide n_experts=4"),
+    ],
+)
 def test_a_wrong_option_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         router(**options)

@@ -21,10 +21,24 @@ def max_violation(routing) -> float:
 
 
 @fast
-@given(cases(), st.sampled_from(["sigmoid", "softmax"]), st.sampled_from([0.0, 0.9]), st.integers(1, 3))
-def test_every_routing_keeps_the_contract_also_after_updates(case, score_func, ema_decay, n_alternations):
-    r = seeded(QuantileBalancingRouter, case.D, case.E, case.K, score_func=score_func, norm_topk_prob=case.normalized,
-               ema_decay=ema_decay, n_alternations=n_alternations, capacity_factor=case.capacity_factor, seed=case.seed)
+@given(
+    cases(), st.sampled_from(["sigmoid", "softmax"]), st.sampled_from([0.0, 0.9]), st.integers(1, 3)
+)
+def test_every_routing_keeps_the_contract_also_after_updates(
+    case, score_func, ema_decay, n_alternations
+):
+    r = seeded(
+        QuantileBalancingRouter,
+        case.D,
+        case.E,
+        case.K,
+        score_func=score_func,
+        norm_topk_prob=case.normalized,
+        ema_decay=ema_decay,
+        n_alternations=n_alternations,
+        capacity_factor=case.capacity_factor,
+        seed=case.seed,
+    )
     with torch.no_grad():
         r.weight *= case.scale
     for _ in range(2):
@@ -51,7 +65,9 @@ def test_a_collapsed_router_is_balanced_within_a_few_steps(score_func):
         r.update([r(stream(seed))])
     r.eval()
     unseen = [max_violation(r(stream(seed))) for seed in range(10, 20)]
-    assert sum(unseen) / len(unseen) < 0.25  # 1024 slots on 8 experts: chance alone makes about 0.15
+    assert (
+        sum(unseen) / len(unseen) < 0.25
+    )  # 1024 slots on 8 experts: chance alone makes about 0.15
 
 
 def test_many_alternations_balance_the_batch_they_saw():
@@ -66,7 +82,9 @@ def test_the_bias_changes_the_choice_and_never_a_weight_or_a_score():
     plain = r(x)
     r.beta.copy_(torch.tensor([5.0, 0.0, 0.0, -5.0]))
     biased = r(x)
-    assert (biased.expert_indices[..., 0] == 3).all() and not (plain.expert_indices[..., 0] == 3).all()
+    assert (biased.expert_indices[..., 0] == 3).all() and not (
+        plain.expert_indices[..., 0] == 3
+    ).all()
     assert torch.equal(biased.scores, plain.scores) and torch.equal(biased.logits, plain.logits)
     assert torch.equal(biased.expert_weights, plain.scores.gather(-1, biased.expert_indices))
 
@@ -142,7 +160,9 @@ def test_a_token_routed_alone_goes_where_it_goes_in_the_batch_in_training_too():
     together = r(x)
     for b in range(2):
         for n in range(8):
-            assert torch.equal(r(x[b : b + 1, n : n + 1]).expert_indices[0, 0], together.expert_indices[b, n])
+            assert torch.equal(
+                r(x[b : b + 1, n : n + 1]).expert_indices[0, 0], together.expert_indices[b, n]
+            )
 
 
 def test_the_state_survives_saving_and_a_cast_to_bfloat16():
@@ -163,13 +183,16 @@ def test_no_tensor_is_read_on_the_way():
         assert r.weight.grad.shape == r.weight.shape and r.beta.shape == (4,)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"top_k": 5}, "top_k=5 must be between 1 and n_experts=4"),
-    ({"score_func": "relu"}, "score_func='relu' must be one of 'sigmoid', 'softmax'"),
-    ({"ema_decay": 1.0}, "ema_decay=1.0 must be at least 0.0 and below 1.0"),
-    ({"n_alternations": 0}, "n_alternations=0 must be a whole number, at least 1"),
-    ({"norm_topk_prob": 1}, "norm_topk_prob=1 must be True or False"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 5}, "top_k=5 must be between 1 and n_experts=4"),
+        ({"score_func": "relu"}, "score_func='relu' must be one of 'sigmoid', 'softmax'"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0 must be at least 0.0 and below 1.0"),
+        ({"n_alternations": 0}, "n_alternations=0 must be a whole number, at least 1"),
+        ({"norm_topk_prob": 1}, "norm_topk_prob=1 must be True or False"),
+    ],
+)
 def test_an_argument_out_of_range_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         router(**changes)

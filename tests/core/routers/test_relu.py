@@ -68,19 +68,26 @@ def test_padding_counts_neither_in_the_loss_nor_in_the_sparsity():
     router, x = identity([[2.0, -1.0], [1.0, 3.0], [4.0, 9.0]], l1_weight=0.5)
     padding_mask = torch.tensor([[True, True, False]])
     assert router(x, padding_mask).losses["l1"] == router(x[:, :2]).losses["l1"]
-    router.update([router(x[:, :1], padding_mask[:, :1]), router(x[:, 2:], padding_mask[:, 2:])])  # 1 expert for 1 real token
+    router.update(
+        [router(x[:, :1], padding_mask[:, :1]), router(x[:, 2:], padding_mask[:, 2:])]
+    )  # 1 expert for 1 real token
     assert router.l1_coefficient.item() == pytest.approx(0.5 / 1.2)
 
 
-@pytest.mark.parametrize(("logits", "expansion", "factor"), [
-    ([[1.0, 1.0], [1.0, -1.0]], 1.0, 1.2),      # 3 experts for 2 tokens: too many
-    ([[1.0, -1.0], [1.0, -1.0]], 1.0, 1 / 1.2),  # exactly one each: not too many
-    ([[-1.0, -1.0], [1.0, -1.0]], 1.0, 1 / 1.2),
-    ([[1.0, 1.0], [1.0, -1.0]], 1.5, 1 / 1.2),  # the aim may be a fraction
-    ([[1.0, 1.0], [1.0, 1.0]], 1.5, 1.2),
-    ([[1.0, 1.0], [1.0, 1.0]], 2.0, 1 / 1.2),   # k = E can never be too many
-])
-def test_lambda_rises_when_tokens_take_too_many_experts_and_falls_otherwise(logits, expansion, factor):
+@pytest.mark.parametrize(
+    ("logits", "expansion", "factor"),
+    [
+        ([[1.0, 1.0], [1.0, -1.0]], 1.0, 1.2),  # 3 experts for 2 tokens: too many
+        ([[1.0, -1.0], [1.0, -1.0]], 1.0, 1 / 1.2),  # exactly one each: not too many
+        ([[-1.0, -1.0], [1.0, -1.0]], 1.0, 1 / 1.2),
+        ([[1.0, 1.0], [1.0, -1.0]], 1.5, 1 / 1.2),  # the aim may be a fraction
+        ([[1.0, 1.0], [1.0, 1.0]], 1.5, 1.2),
+        ([[1.0, 1.0], [1.0, 1.0]], 2.0, 1 / 1.2),  # k = E can never be too many
+    ],
+)
+def test_lambda_rises_when_tokens_take_too_many_experts_and_falls_otherwise(
+    logits, expansion, factor
+):
     router, x = identity(logits, expansion=expansion, l1_weight=1e-3)
     router.update([router(x)])
     assert router.l1_coefficient.item() == pytest.approx(1e-3 * factor)
@@ -97,7 +104,9 @@ def test_one_update_counts_all_micro_batches_as_one_batch(seed, n, m, expansion)
     assert torch.equal(whole.l1_coefficient, parts.l1_coefficient)
 
 
-@pytest.mark.parametrize(("logits", "back"), [([-1.0, -1.0], [1.0, 1.0]), ([1.0, 1.0], [-1.0, -1.0])])
+@pytest.mark.parametrize(
+    ("logits", "back"), [([-1.0, -1.0], [1.0, 1.0]), ([1.0, 1.0], [-1.0, -1.0])]
+)
 def test_lambda_always_finds_its_way_back(logits, back):
     def updates(values, n):
         router, x = identity([values] * 3, l1_weight=1.0)
@@ -107,7 +116,9 @@ def test_lambda_always_finds_its_way_back(logits, back):
         return router.l1_coefficient.clone()
 
     coefficient = torch.tensor(1.0)
-    far = coefficient = updates(logits, 800)  # far past the range of float32, were it not for the limits
+    far = coefficient = updates(
+        logits, 800
+    )  # far past the range of float32, were it not for the limits
     assert far.isfinite() and far > 0
     coefficient = updates(back, 800)
     assert (coefficient / far).log().abs() > 10
@@ -130,7 +141,10 @@ def test_without_a_token_lambda_stays():
 
 def test_lambda_starts_at_1e_minus_8_as_a_float32_buffer_and_stays_one_in_a_bfloat16_model():
     router = ReLURouter(4, 4)
-    assert router.l1_coefficient.item() == pytest.approx(1e-8) and "l1_coefficient" in router.state_dict()
+    assert (
+        router.l1_coefficient.item() == pytest.approx(1e-8)
+        and "l1_coefficient" in router.state_dict()
+    )
     router = router.bfloat16()
     assert router.l1_coefficient.dtype == torch.float32 and router.weight.dtype == torch.bfloat16
     router.update([router(randn(1, 8, 4, dtype=torch.bfloat16))])
@@ -140,8 +154,13 @@ def test_lambda_starts_at_1e_minus_8_as_a_float32_buffer_and_stays_one_in_a_bflo
 @pytest.mark.parametrize("expansion", [1.0, 2.5])
 def test_the_number_of_experts_per_token_swings_round_the_expansion(expansion):
     """A regression that by itself would like to use all experts; only the penalty stands against it."""
-    router, x = seeded(ReLURouter, 8, 8, expansion, l1_weight=0.1, l1_multiplier=1.05), randn(1, 64, 8)
-    x[..., 0] = 1  # something to say no with: the logits of tokens around zero are positive half of the time whatever the weights
+    router, x = (
+        seeded(ReLURouter, 8, 8, expansion, l1_weight=0.1, l1_multiplier=1.05),
+        randn(1, 64, 8),
+    )
+    x[..., 0] = (
+        1  # something to say no with: the logits of tokens around zero are positive half of the time whatever the weights
+    )
     optimizer, taken = torch.optim.Adam(router.parameters(), lr=0.01), []
     for _ in range(200):
         routing = router(x)
@@ -155,10 +174,16 @@ def test_the_number_of_experts_per_token_swings_round_the_expansion(expansion):
     assert sum(taken[40:]) / 160 == pytest.approx(expansion, rel=0.1)
 
 
-@pytest.mark.parametrize(("name", "value", "message"), [
-    ("expansion", 0, "above 0 and at most n_experts=4"), ("expansion", 4.1, "above 0 and at most n_experts=4"),
-    ("expansion", None, "above 0 and at most"), ("l1_weight", -1, "at least 0"), ("l1_multiplier", 0.9, "at least 1"),
-])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("expansion", 0, "above 0 and at most n_experts=4"),
+        ("expansion", 4.1, "above 0 and at most n_experts=4"),
+        ("expansion", None, "above 0 and at most"),
+        ("l1_weight", -1, "at least 0"),
+        ("l1_multiplier", 0.9, "at least 1"),
+    ],
+)
 def test_a_wrong_option_is_refused(name, value, message):
     with pytest.raises(ValueError, match=f"{name}={value!r} must be {message}"):
         ReLURouter(8, 4, **{name: value})

@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moe_core.routers.balanced_assignment import BalancedAssignmentRouter, balanced_assignment, cheapest_chain
+from moe_core.routers.balanced_assignment import (
+    BalancedAssignmentRouter,
+    balanced_assignment,
+    cheapest_chain,
+)
 from moe_core.routers.sinkhorn import SinkhornRouter, sinkhorn
 
 from ..helpers import cases, fast, lopsided, randn, seeded, stream
@@ -25,8 +29,17 @@ def router(cls=SinkhornRouter, **changes):
 @fast
 @given(cases(), st.booleans(), st.sampled_from([0.0, 1e-4]))
 def test_every_routing_keeps_the_contract(case, training, tolerance):
-    r = seeded(SinkhornRouter, case.D, case.E, case.K, tolerance=tolerance, max_rounds=20, capacity_factor=case.capacity_factor,
-               z_loss_weight=0.01, seed=case.seed).train(training)
+    r = seeded(
+        SinkhornRouter,
+        case.D,
+        case.E,
+        case.K,
+        tolerance=tolerance,
+        max_rounds=20,
+        capacity_factor=case.capacity_factor,
+        z_loss_weight=0.01,
+        seed=case.seed,
+    ).train(training)
     with torch.no_grad():
         r.weight *= case.scale
     routing = r(case.x(), case.padding_mask()).check()
@@ -49,7 +62,9 @@ def test_it_is_the_scaling_of_the_exponentials():
         u = 1 / (12 * (kernel * v).sum(1))
         v = 1 / (4 * (kernel * u.unsqueeze(1)).sum(0))
     log_u, log_v = sinkhorn(logits, torch.ones(12, dtype=torch.bool), tolerance=0, max_rounds=200)
-    assert torch.allclose((logits + log_u.unsqueeze(1) + log_v).exp().double(), kernel * u.unsqueeze(1) * v, atol=1e-6)
+    assert torch.allclose(
+        (logits + log_u.unsqueeze(1) + log_v).exp().double(), kernel * u.unsqueeze(1) * v, atol=1e-6
+    )
 
 
 def test_a_collapsed_router_is_spread_in_training_and_collapsed_in_eval():
@@ -117,7 +132,9 @@ def best_total(scores, places) -> float:
     return float(columns[linear_sum_assignment(columns, maximize=True)].sum())
 
 
-@pytest.mark.parametrize(("T", "E"), [(12, 3), (64, 8), (128, 16), (7, 7), (10, 4), (3, 8), (50, 1)])
+@pytest.mark.parametrize(
+    ("T", "E"), [(12, 3), (64, 8), (128, 16), (7, 7), (10, 4), (3, 8), (50, 1)]
+)
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_the_assignment_is_the_best_balanced_one(T, E, scale):
     for seed in range(2):
@@ -135,21 +152,37 @@ def test_the_assignment_is_the_best_one_also_with_ties(T, E, seed, levels):
     scores = (randn(T, E, seed=seed) * levels).round()
     places = -(-T // E)
     every = itertools.product(range(E), repeat=T)
-    best = max(sum(scores[t, e].item() for t, e in enumerate(a)) for a in every if all(a.count(e) <= places for e in range(E)))
+    best = max(
+        sum(scores[t, e].item() for t, e in enumerate(a))
+        for a in every
+        if all(a.count(e) <= places for e in range(E))
+    )
     expert = balanced_assignment(scores)
-    assert scores.gather(1, expert.unsqueeze(1)).sum() == best and max(expert.tolist().count(e) for e in range(E)) <= places
+    assert (
+        scores.gather(1, expert.unsqueeze(1)).sum() == best
+        and max(expert.tolist().count(e) for e in range(E)) <= places
+    )
 
 
 def test_tokens_that_all_agree_are_still_split_evenly():
-    assert sorted(balanced_assignment(torch.tensor([[3.0, 2.0, 1.0]]).repeat(12, 1)).tolist()) == [0] * 4 + [1] * 4 + [2] * 4
+    assert (
+        sorted(balanced_assignment(torch.tensor([[3.0, 2.0, 1.0]]).repeat(12, 1)).tolist())
+        == [0] * 4 + [1] * 4 + [2] * 4
+    )
     assert sorted(balanced_assignment(torch.zeros(6, 3)).tolist()) == [0, 0, 1, 1, 2, 2]
 
 
 def test_the_cheapest_chain_goes_over_another_expert_when_that_costs_less():
-    edge = torch.tensor([[torch.inf, 1.0, 9.0], [2.0, torch.inf, 3.0], [0.0, 0.0, torch.inf]]).double()
-    assert cheapest_chain(edge, torch.tensor([True, False, False]), torch.tensor([False, False, True])) == [0, 1, 2]
+    edge = torch.tensor(
+        [[torch.inf, 1.0, 9.0], [2.0, torch.inf, 3.0], [0.0, 0.0, torch.inf]]
+    ).double()
+    assert cheapest_chain(
+        edge, torch.tensor([True, False, False]), torch.tensor([False, False, True])
+    ) == [0, 1, 2]
     edge[0, 1] = 7.0
-    assert cheapest_chain(edge, torch.tensor([True, False, False]), torch.tensor([False, False, True])) == [0, 2]
+    assert cheapest_chain(
+        edge, torch.tensor([True, False, False]), torch.tensor([False, False, True])
+    ) == [0, 2]
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -166,7 +199,9 @@ def test_scores_that_are_not_finite_are_refused(bad):
 @fast
 @given(cases(), st.booleans())
 def test_every_balanced_routing_keeps_the_contract_and_the_balance(case, training):
-    r = seeded(BalancedAssignmentRouter, case.D, case.E, z_loss_weight=0.01, seed=case.seed).train(training)
+    r = seeded(BalancedAssignmentRouter, case.D, case.E, z_loss_weight=0.01, seed=case.seed).train(
+        training
+    )
     with torch.no_grad():
         r.weight *= case.scale
     routing = r(case.x(), case.padding_mask()).check()
@@ -178,13 +213,18 @@ def test_training_gives_every_expert_exactly_as_many_and_eval_each_token_its_bes
     r, x = lopsided(BalancedAssignmentRouter), stream(0)
     assert r(x).check().tokens_per_expert.tolist() == [64] * 8
     greedy = r.eval()(x).check()
-    assert torch.equal(greedy.expert_indices[..., 0], greedy.logits.argmax(-1)) and greedy.tokens_per_expert[0] > 300
+    assert (
+        torch.equal(greedy.expert_indices[..., 0], greedy.logits.argmax(-1))
+        and greedy.tokens_per_expert[0] > 300
+    )
 
 
 def test_the_weight_is_the_sigmoid_of_the_chosen_logit_and_trains_the_router():
     r, x = lopsided(BalancedAssignmentRouter), stream(0)
     routing = r(x)
-    assert torch.equal(routing.expert_weights, routing.logits.gather(-1, routing.expert_indices).sigmoid())
+    assert torch.equal(
+        routing.expert_weights, routing.logits.gather(-1, routing.expert_indices).sigmoid()
+    )
     routing.expert_weights.sum().backward()
     assert (r.weight.grad.abs().sum(-1) > 1e-4).all()
 
@@ -218,12 +258,15 @@ def test_a_padding_mask_of_another_shape_or_type_is_refused(cls, padding_mask):
         router(cls)(randn(2, 3, 8), padding_mask)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"top_k": 5}, "top_k=5 must be between 1 and n_experts=4"),
-    ({"tolerance": -1.0}, "tolerance=-1.0 must be at least 0"),
-    ({"max_rounds": 0}, "max_rounds=0 must be a whole number, at least 1"),
-    ({"jitter_noise": 1.0}, "jitter_noise=1.0 must be at least 0.0 and below 1.0"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 5}, "top_k=5 must be between 1 and n_experts=4"),
+        ({"tolerance": -1.0}, "tolerance=-1.0 must be at least 0"),
+        ({"max_rounds": 0}, "max_rounds=0 must be a whole number, at least 1"),
+        ({"jitter_noise": 1.0}, "jitter_noise=1.0 must be at least 0.0 and below 1.0"),
+    ],
+)
 def test_an_argument_out_of_range_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         router(**changes)

@@ -16,7 +16,17 @@ from .drawn import drawn, survives
 @given(cases())
 def test_every_routing_keeps_the_contract(case):
     case.K = 1
-    assert survives(drawn(SwitchRouter, case.D, case.E, scale=case.scale, seed=case.seed, capacity_factor=case.capacity_factor), case)
+    assert survives(
+        drawn(
+            SwitchRouter,
+            case.D,
+            case.E,
+            scale=case.scale,
+            seed=case.seed,
+            capacity_factor=case.capacity_factor,
+        ),
+        case,
+    )
 
 
 def test_the_weight_is_the_largest_probability_and_the_index_its_expert():
@@ -31,8 +41,13 @@ def test_the_output_alone_gives_the_router_a_gradient():
     assert router.weight.grad.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(("n_tokens", "training", "places"), [(1024, True, 160), (1024, False, 256), (16, True, 3), (16, False, 4)])
-def test_capacity_is_a_quarter_above_even_in_training_and_twice_even_in_eval(n_tokens, training, places):
+@pytest.mark.parametrize(
+    ("n_tokens", "training", "places"),
+    [(1024, True, 160), (1024, False, 256), (16, True, 3), (16, False, 4)],
+)
+def test_capacity_is_a_quarter_above_even_in_training_and_twice_even_in_eval(
+    n_tokens, training, places
+):
     assert drawn(SwitchRouter, 8, 8, training=training)(randn(1, n_tokens, 8)).capacity == places
 
 
@@ -50,7 +65,9 @@ def test_the_balance_loss_is_on_unless_switched_off():
 
 def test_jitter_multiplies_the_input():
     router = drawn(SwitchRouter, 8, 4, jitter_noise=0.5)
-    assert (router(torch.zeros(1, 100, 8)).logits == 0).all()  # added noise would not leave zeros alone
+    assert (
+        router(torch.zeros(1, 100, 8)).logits == 0
+    ).all()  # added noise would not leave zeros alone
     one = drawn(SwitchRouter, 1, 4, jitter_noise=0.5)
     ratio = one(torch.ones(1, 500, 1)).logits / one.eval()(torch.ones(1, 500, 1)).logits
     assert 0.5 <= ratio.min() < 0.6 and 1.4 < ratio.max() <= 1.5

@@ -13,7 +13,9 @@ from moe_core.routers.topk import SCORE_FUNCS, keep_best_groups, sqrt_softplus
 from ..helpers import fast, mlp_of_expert, randn, seeded
 
 SCORES = {
-    "softmax": lambda hs: [math.exp(h - max(hs)) / sum(math.exp(g - max(hs)) for g in hs) for h in hs],
+    "softmax": lambda hs: [
+        math.exp(h - max(hs)) / sum(math.exp(g - max(hs)) for g in hs) for h in hs
+    ],
     "sigmoid": lambda hs: [1 / (1 + math.exp(-h)) for h in hs],
     "sqrt_softplus": lambda hs: [math.sqrt(math.log1p(math.exp(h))) for h in hs],
 }
@@ -44,11 +46,18 @@ def options(draw):
     topk_groups = draw(st.integers(1, n_groups))
     after = draw(st.booleans())
     return {
-        "n_experts": n_groups * size, "top_k": draw(st.integers(1, topk_groups * size)),
-        "n_groups": n_groups, "topk_groups": topk_groups,
-        "group_score": draw(st.sampled_from(["max", "top2_sum"])), "score_func": draw(st.sampled_from(list(SCORE_FUNCS))),
-        "score_after_topk": after, "norm_topk_prob": draw(st.booleans()), "norm_eps": draw(st.sampled_from([0.0, 1e-20])),
-        "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])), "bias": draw(st.booleans()), "expert_bias": draw(st.booleans()),
+        "n_experts": n_groups * size,
+        "top_k": draw(st.integers(1, topk_groups * size)),
+        "n_groups": n_groups,
+        "topk_groups": topk_groups,
+        "group_score": draw(st.sampled_from(["max", "top2_sum"])),
+        "score_func": draw(st.sampled_from(list(SCORE_FUNCS))),
+        "score_after_topk": after,
+        "norm_topk_prob": draw(st.booleans()),
+        "norm_eps": draw(st.sampled_from([0.0, 1e-20])),
+        "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5])),
+        "bias": draw(st.booleans()),
+        "expert_bias": draw(st.booleans()),
     }
 
 
@@ -64,7 +73,11 @@ def by_hand(r: TopKRouter, hs: list[float]) -> dict[int, float]:
     best = sorted(range(r.n_groups), key=lambda g: -worth[g])[: r.topk_groups]
     allowed = [e for e in range(E) if e // size in best]
     chosen = sorted(allowed, key=lambda e: -choice[e])[: r.top_k]
-    values = SCORES[r.score_func]([hs[e] for e in chosen]) if r.score_after_topk else [scores[e] for e in chosen]
+    values = (
+        SCORES[r.score_func]([hs[e] for e in chosen])
+        if r.score_after_topk
+        else [scores[e] for e in chosen]
+    )
     total = sum(values) + r.norm_eps if r.norm_topk_prob else 1
     return {e: r.routed_scaling_factor * v / total for e, v in zip(chosen, values)}
 
@@ -77,7 +90,9 @@ def test_every_combination_of_options_is_the_formula(opts, seed):
     for n in range(4):
         expected = by_hand(r, routing.logits[0, n].tolist())
         assert routing.expert_indices[0, n].tolist() == list(expected)
-        assert routing.expert_weights[0, n].tolist() == pytest.approx(list(expected.values()), rel=1e-9)
+        assert routing.expert_weights[0, n].tolist() == pytest.approx(
+            list(expected.values()), rel=1e-9
+        )
     assert torch.equal(routing.scores, SCORE_FUNCS[r.score_func](routing.logits))
 
 
@@ -129,7 +144,12 @@ def test_scored_after_the_choice_the_scores_still_know_every_expert():
 
 def test_logits_choose_where_saturated_scores_are_tied():
     logits = [20.0, 40.0, 30.0]
-    assert router(logits, top_k=1, score_func="sigmoid", score_after_topk=True)(ONE).expert_indices.item() == 1
+    assert (
+        router(logits, top_k=1, score_func="sigmoid", score_after_topk=True)(
+            ONE
+        ).expert_indices.item()
+        == 1
+    )
     assert router(logits, top_k=1, score_func="sigmoid")(ONE).scores.unique().tolist() == [1.0]
 
 
@@ -139,14 +159,21 @@ def test_sqrt_softplus_has_its_values_and_a_finite_gradient_everywhere():
     s.sum().backward()
     assert s[:2].tolist() == pytest.approx([math.sqrt(math.log(2)), 20.0]) and s[2] < s[0]
     assert (s > 0).all() and s[3:].max() < 1e-15
-    assert h.grad[0].item() == pytest.approx(0.25 / math.sqrt(math.log(2))) and h.grad.isfinite().all() and h.grad[4] == 0
+    assert (
+        h.grad[0].item() == pytest.approx(0.25 / math.sqrt(math.log(2)))
+        and h.grad.isfinite().all()
+        and h.grad[4] == 0
+    )
 
 
 # Renormalise and scale
 
 
 def test_the_scaling_factor_multiplies_the_weights_and_takes_back_the_promise_of_one():
-    plain, scaled = router()(randn(2, 3, 8)), router(routed_scaling_factor=2.5)(randn(2, 3, 8)).check()
+    plain, scaled = (
+        router()(randn(2, 3, 8)),
+        router(routed_scaling_factor=2.5)(randn(2, 3, 8)).check(),
+    )
     assert torch.equal(scaled.expert_weights, 2.5 * plain.expert_weights)
     assert plain.normalized and not scaled.normalized
     assert torch.equal(scaled.scores, plain.scores)
@@ -223,7 +250,15 @@ def test_reset_parameters_starts_both_biases_at_zero_also_where_memory_was_empty
 @fast
 @given(st.integers(0, 999), st.sampled_from(["max", "top2_sum"]), st.sampled_from([-5.0, 0.0]))
 def test_a_token_stays_inside_its_best_groups(seed, group_score, shift):
-    r = router(n_experts=12, top_k=3, n_groups=4, topk_groups=2, group_score=group_score, score_func="sigmoid", expert_bias=True)
+    r = router(
+        n_experts=12,
+        top_k=3,
+        n_groups=4,
+        topk_groups=2,
+        group_score=group_score,
+        score_func="sigmoid",
+        expert_bias=True,
+    )
     r.expert_bias += shift  # below zero, everything outside the groups looks good to a mask of 0
     routing = r(randn(2, 5, 8, seed=seed)).check()
     choice = (routing.scores + r.expert_bias).unflatten(-1, (4, 3))
@@ -237,22 +272,33 @@ def test_a_mask_of_zero_would_let_experts_outside_the_groups_in_once_a_biased_sc
     kept = keep_best_groups(positive, 2, 1, "max")
     assert kept.tolist() == [pytest.approx(0.9), pytest.approx(0.8), -math.inf, -math.inf]
     with_zero = kept.masked_fill(kept == -math.inf, 0)
-    assert torch.equal(kept.topk(2).indices, with_zero.topk(2).indices)  # softmax scores: no difference
+    assert torch.equal(
+        kept.topk(2).indices, with_zero.topk(2).indices
+    )  # softmax scores: no difference
     kept = keep_best_groups(positive - 5, 2, 1, "max")
     with_zero = kept.masked_fill(kept == -math.inf, 0)
-    assert kept.topk(2).indices.tolist() == [0, 1] and sorted(with_zero.topk(2).indices.tolist()) == [2, 3]
+    assert kept.topk(2).indices.tolist() == [0, 1] and sorted(
+        with_zero.topk(2).indices.tolist()
+    ) == [2, 3]
 
 
 def test_the_two_group_scores_disagree_about_one_star_and_two_good_ones():
     choice = torch.tensor([0.9, 0.1, 0.6, 0.6])
     assert keep_best_groups(choice, 2, 1, "max").isfinite().tolist() == [True, True, False, False]
-    assert keep_best_groups(choice, 2, 1, "top2_sum").isfinite().tolist() == [False, False, True, True]
+    assert keep_best_groups(choice, 2, 1, "top2_sum").isfinite().tolist() == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_all_groups_kept_are_no_groups():
     x = randn(2, 3, 8)
     free, grouped = router()(x), router(n_groups=4, topk_groups=4)(x)
-    assert torch.equal(free.expert_indices, grouped.expert_indices) and torch.equal(free.expert_weights, grouped.expert_weights)
+    assert torch.equal(free.expert_indices, grouped.expert_indices) and torch.equal(
+        free.expert_weights, grouped.expert_weights
+    )
 
 
 # The weight on the input
@@ -260,14 +306,18 @@ def test_all_groups_kept_are_no_groups():
 
 def test_a_weight_on_the_input_is_inside_the_expert():
     x = randn(2, 3, 8, dtype=torch.float64)
-    r = router(weights_on="input", score_func="sigmoid", norm_topk_prob=False, capacity_factor=1.0).double()
+    r = router(
+        weights_on="input", score_func="sigmoid", norm_topk_prob=False, capacity_factor=1.0
+    ).double()
     experts = seeded(Experts, 8, 6, 8, backend="loop").double()
     routing = r(x).check()
     y = experts(x, routing)
     assert not routing.capacity_mask.all()
     for b, n in torch.cartesian_prod(torch.arange(2), torch.arange(3)).tolist():
         expected = torch.zeros(8, dtype=torch.float64)
-        for kept, e, w in zip(routing.capacity_mask[b, n], routing.expert_indices[b, n], routing.expert_weights[b, n]):
+        for kept, e, w in zip(
+            routing.capacity_mask[b, n], routing.expert_indices[b, n], routing.expert_weights[b, n]
+        ):
             expected = expected + kept * mlp_of_expert(experts, e, w * x[b, n])
         assert torch.allclose(y[b, n], expected, atol=1e-12)
     (gradient,) = torch.autograd.grad(y.square().sum(), r.weight)
@@ -277,21 +327,33 @@ def test_a_weight_on_the_input_is_inside_the_expert():
 # Arguments
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"score_func": "tanh"}, "score_func='tanh' must be one of 'softmax', 'sigmoid', 'sqrt_softplus'"),
-    ({"score_after_topk": 1}, "score_after_topk=1 must be True or False"),
-    ({"norm_eps": -1.0}, "norm_eps=-1.0 must be at least 0"),
-    ({"routed_scaling_factor": math.inf}, "routed_scaling_factor=inf must be at least 0 and finite"),
-    ({"bias": "yes"}, "bias='yes' must be True or False"),
-    ({"expert_bias": None}, "expert_bias=None must be True or False"),
-    ({"n_groups": 3}, "n_groups=3 must divide n_experts=8"),
-    ({"n_groups": 0}, "n_groups=0 must be a whole number"),
-    ({"n_groups": 2, "topk_groups": 3}, "topk_groups=3 must be between 1 and n_groups=2"),
-    ({"n_groups": 4, "topk_groups": 1, "top_k": 3}, "top_k=3 must be at most 2, the experts in topk_groups=1 groups of 2"),
-    ({"n_groups": 8, "topk_groups": 4, "group_score": "top2_sum"}, "leaves 1 expert a group"),
-    ({"group_score": "mean"}, "group_score='mean' must be one of 'max', 'top2_sum'"),
-    ({"weights_on": "both"}, "weights_on='both' must be one of 'output', 'input'"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"score_func": "tanh"},
+            "score_func='tanh' must be one of 'softmax', 'sigmoid', 'sqrt_softplus'",
+        ),
+        ({"score_after_topk": 1}, "score_after_topk=1 must be True or False"),
+        ({"norm_eps": -1.0}, "norm_eps=-1.0 must be at least 0"),
+        (
+            {"routed_scaling_factor": math.inf},
+            "routed_scaling_factor=inf must be at least 0 and finite",
+        ),
+        ({"bias": "yes"}, "bias='yes' must be True or False"),
+        ({"expert_bias": None}, "expert_bias=None must be True or False"),
+        ({"n_groups": 3}, "n_groups=3 must divide n_experts=8"),
+        ({"n_groups": 0}, "n_groups=0 must be a whole number"),
+        ({"n_groups": 2, "topk_groups": 3}, "topk_groups=3 must be between 1 and n_groups=2"),
+        (
+            {"n_groups": 4, "topk_groups": 1, "top_k": 3},
+            "top_k=3 must be at most 2, the experts in topk_groups=1 groups of 2",
+        ),
+        ({"n_groups": 8, "topk_groups": 4, "group_score": "top2_sum"}, "leaves 1 expert a group"),
+        ({"group_score": "mean"}, "group_score='mean' must be one of 'max', 'top2_sum'"),
+        ({"weights_on": "both"}, "weights_on='both' must be one of 'output', 'input'"),
+    ],
+)
 def test_a_wrong_option_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         TopKRouter(**{"d_model": 8, "n_experts": 8, "top_k": 2, **changes})

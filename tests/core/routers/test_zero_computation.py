@@ -7,16 +7,34 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_core import DispatchPlan, DropReason, MixtureOfExperts, ZeroComputationExperts, ZeroComputationRouter, losses
-from moe_core.zero_computation import ffn_routing
+from moe_core import (
+    DispatchPlan,
+    DropReason,
+    MixtureOfExperts,
+    ZeroComputationExperts,
+    ZeroComputationRouter,
+    losses,
+)
+from moe_core.experts.zero_computation import ffn_routing
 
-from ..helpers import config, experts_token_by_token, fast, mask, mlp_of_expert, randn, routing_of, seeded
+from ..helpers import (
+    config,
+    experts_token_by_token,
+    fast,
+    mask,
+    mlp_of_expert,
+    randn,
+    routing_of,
+    seeded,
+)
 
 
 def layer(**options) -> MixtureOfExperts:
     names = "d_model", "top_k", "n_experts", "aux_loss_weight", "norm_topk_prob"
     fields = {name: options.pop(name) for name in names if name in options}
-    return seeded(MixtureOfExperts, config(router="zero_computation", router_options=options, **fields))
+    return seeded(
+        MixtureOfExperts, config(router="zero_computation", router_options=options, **fields)
+    )
 
 
 def by_hand(moe, x, routing):
@@ -42,32 +60,67 @@ def by_hand(moe, x, routing):
 
 
 @fast
-@given(st.integers(0, 99), st.integers(0, 2), st.integers(0, 2), st.integers(0, 2), st.integers(1, 3), st.integers(0, 4), st.booleans())
-def test_the_layer_is_the_weighted_sum_of_all_kinds_of_experts(seed, n_zero, n_copy, n_constant, top_k, N, padded):
+@given(
+    st.integers(0, 99),
+    st.integers(0, 2),
+    st.integers(0, 2),
+    st.integers(0, 2),
+    st.integers(1, 3),
+    st.integers(0, 4),
+    st.booleans(),
+)
+def test_the_layer_is_the_weighted_sum_of_all_kinds_of_experts(
+    seed, n_zero, n_copy, n_constant, top_k, N, padded
+):
     if n_zero + n_copy + n_constant == 0:
         n_copy = 1
-    moe = layer(n_zero_experts=n_zero, n_copy_experts=n_copy, n_constant_experts=n_constant, top_k=top_k, n_experts=3).double()
+    moe = layer(
+        n_zero_experts=n_zero,
+        n_copy_experts=n_copy,
+        n_constant_experts=n_constant,
+        top_k=top_k,
+        n_experts=3,
+    ).double()
     torch.nn.init.normal_(moe.router.weight, generator=torch.Generator().manual_seed(seed))
-    x, padding_mask = randn(2, N, 8, seed=seed, dtype=torch.float64), mask(2, N, seed=seed) if padded else None
+    x, padding_mask = (
+        randn(2, N, 8, seed=seed, dtype=torch.float64),
+        mask(2, N, seed=seed) if padded else None,
+    )
     y, routing = moe(x, padding_mask)
     assert torch.allclose(y, by_hand(moe, x, routing.check()), atol=1e-12, rtol=0)
     ffn = ffn_routing(routing, 3).check()
-    assert torch.allclose(moe.experts(x, ffn), experts_token_by_token(moe.experts, x, ffn), atol=1e-12, rtol=0)
+    assert torch.allclose(
+        moe.experts(x, ffn), experts_token_by_token(moe.experts, x, ffn), atol=1e-12, rtol=0
+    )
 
 
 def test_only_slots_of_feed_forward_experts_become_rows():
     reasons = [[[0, 0], [0, DropReason.OVER_CAPACITY], [DropReason.PADDING] * 2]]
-    routing = routing_of([[[0, 3], [4, 1], [1, 2]]], 5, reasons=reasons, capacity=2, padding_mask=torch.tensor([[True, True, False]]))
+    routing = routing_of(
+        [[[0, 3], [4, 1], [1, 2]]],
+        5,
+        reasons=reasons,
+        capacity=2,
+        padding_mask=torch.tensor([[True, True, False]]),
+    )
     ffn = ffn_routing(routing.check(), 3).check()
     assert DispatchPlan(ffn).counts_E.tolist() == [1, 0, 0]
-    kept, over, padding, elsewhere = 0, DropReason.OVER_CAPACITY, DropReason.PADDING, DropReason.NOT_SELECTED
+    kept, over, padding, elsewhere = (
+        0,
+        DropReason.OVER_CAPACITY,
+        DropReason.PADDING,
+        DropReason.NOT_SELECTED,
+    )
     assert ffn.drop_reason[0].tolist() == [[kept, elsewhere], [elsewhere, over], [padding, padding]]
     assert ffn.n_experts == 3 and ffn.losses == {} and not ffn.dropless
 
 
 def test_a_zero_expert_gives_exactly_zero_and_a_copy_expert_the_token():
     x = randn(1, 2, 8)
-    cheap, routing = ZeroComputationExperts(8, 1, 1, 0), routing_of([[[2], [3]]], 4, weights=[[[0.5], [0.25]]])
+    cheap, routing = (
+        ZeroComputationExperts(8, 1, 1, 0),
+        routing_of([[[2], [3]]], 4, weights=[[[0.5], [0.25]]]),
+    )
     y = cheap(x, routing)
     assert (y[0, 0] == 0).all() and torch.equal(y[0, 1], 0.25 * x[0, 1])
 
@@ -75,7 +128,9 @@ def test_a_zero_expert_gives_exactly_zero_and_a_copy_expert_the_token():
 def test_a_constant_expert_mixes_the_token_with_its_vector():
     cheap, x = ZeroComputationExperts(2, 0, 0, 1), torch.tensor([[[1.0, 2.0]]])
     with torch.no_grad():
-        cheap.mix_weight.copy_(torch.tensor([[[torch.log(torch.tensor(3.0)), 0], [0, 0]]]))  # softmax of (ln 3, 0): 3/4, 1/4
+        cheap.mix_weight.copy_(
+            torch.tensor([[[torch.log(torch.tensor(3.0)), 0], [0, 0]]])
+        )  # softmax of (ln 3, 0): 3/4, 1/4
         cheap.constants.copy_(torch.tensor([[8.0, 4.0]]))
     assert torch.allclose(cheap(x, routing_of([[[0]]], 1)), torch.tensor([[[0.75 + 2, 1.5 + 1]]]))
 
@@ -91,7 +146,9 @@ def test_gradients_reach_all_that_the_cheap_experts_learn():
 def test_cheap_experts_keep_the_inputs_dtype(dtype):
     moe = layer().to(dtype)
     y, routing = moe(randn(1, 3, 8, dtype=dtype))
-    assert y.dtype == dtype and routing.check().expert_weights.dtype == torch.promote_types(dtype, torch.float32)
+    assert y.dtype == dtype and routing.check().expert_weights.dtype == torch.promote_types(
+        dtype, torch.float32
+    )
 
 
 # The balance loss
@@ -106,7 +163,16 @@ def test_with_a_ratio_of_one_the_balance_loss_is_the_usual_one(seed):
 
 
 def test_the_balance_loss_is_one_at_the_loads_the_ratio_asks_for():
-    router = ZeroComputationRouter(8, 2, 1, n_zero_experts=1, n_copy_experts=1, n_constant_experts=0, ffn_ratio=3.0, aux_loss_weight=1.0)
+    router = ZeroComputationRouter(
+        8,
+        2,
+        1,
+        n_zero_experts=1,
+        n_copy_experts=1,
+        n_constant_experts=0,
+        ffn_ratio=3.0,
+        aux_loss_weight=1.0,
+    )
     indices = [[[0]] * 3 + [[1]] * 3 + [[2], [3]]]  # 3 : 3 : 1 : 1
     routing = routing_of(indices, 4, scores=torch.tensor([3.0, 3, 1, 1]).div(8).expand(1, 8, 4))
     assert router.balance_loss(routing).item() == pytest.approx(1)
@@ -118,17 +184,24 @@ def test_the_balance_loss_is_one_at_the_loads_the_ratio_asks_for():
 
 
 def with_bias(**options) -> ZeroComputationRouter:
-    return seeded(ZeroComputationRouter, 8, 3, 2, bias_update_rate=0.1, mean_ffn_experts=1.5, **options)
+    return seeded(
+        ZeroComputationRouter, 8, 3, 2, bias_update_rate=0.1, mean_ffn_experts=1.5, **options
+    )
 
 
 def test_a_bias_update_of_a_case_by_hand():
     router = with_bias(n_constant_experts=0)
-    routing = routing_of([[[0, 1], [0, 3]], [[0, 4], [2, 1]]], 5,
-                         reasons=[[[0, 0], [0, 0]], [[0, 0], [DropReason.PADDING] * 2]],
-                         padding_mask=torch.tensor([[True, True], [True, False]]))
+    routing = routing_of(
+        [[[0, 1], [0, 3]], [[0, 4], [2, 1]]],
+        5,
+        reasons=[[[0, 0], [0, 0]], [[0, 0], [DropReason.PADDING] * 2]],
+        padding_mask=torch.tensor([[True, True], [True, False]]),
+    )
     router.update([routing])
     # 6 slots: 3, 1, 0 to the feed-forward experts; each should have 1.5 / (2 * 3) = 1/4 of them
-    assert torch.allclose(router.expert_bias, 0.1 * torch.tensor([1 / 4 - 3 / 6, 1 / 4 - 1 / 6, 1 / 4, 0, 0]))
+    assert torch.allclose(
+        router.expert_bias, 0.1 * torch.tensor([1 / 4 - 3 / 6, 1 / 4 - 1 / 6, 1 / 4, 0, 0])
+    )
 
 
 def test_one_update_counts_all_micro_batches_as_one_batch():
@@ -154,14 +227,27 @@ def test_the_bias_selects_and_does_nothing_else():
     before = router(x)
     router.expert_bias[1] = 5.0
     after = router(x).check()
-    assert (after.expert_indices[..., 0] == 1).all() and not (before.expert_indices[..., 0] == 1).all()
+    assert (after.expert_indices[..., 0] == 1).all() and not (
+        before.expert_indices[..., 0] == 1
+    ).all()
     assert torch.equal(after.scores, before.scores) and torch.equal(after.logits, before.logits)
     chosen = after.scores.gather(-1, after.expert_indices)
     assert torch.allclose(after.expert_weights, chosen / chosen.sum(-1, keepdim=True))
 
 
 def test_the_bias_steers_to_the_number_of_feed_forward_experts_asked_for():
-    router, x = seeded(ZeroComputationRouter, 8, 4, 3, n_copy_experts=4, bias_update_rate=0.1, mean_ffn_experts=2.0), randn(1, 128, 8)
+    router, x = (
+        seeded(
+            ZeroComputationRouter,
+            8,
+            4,
+            3,
+            n_copy_experts=4,
+            bias_update_rate=0.1,
+            mean_ffn_experts=2.0,
+        ),
+        randn(1, 128, 8),
+    )
     assert abs(router(x).tokens_per_expert[:4].sum().item() / 128 - 2.0) > 0.3
     for _ in range(100):
         router.update([router(x)])
@@ -170,15 +256,27 @@ def test_the_bias_steers_to_the_number_of_feed_forward_experts_asked_for():
     assert counts.max() < 1.2 * counts.min()  # and the load is even among them
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"n_zero_experts": 0, "n_copy_experts": 0, "n_constant_experts": 0}, "must not all be 0"),
-    ({"n_copy_experts": -1}, "n_copy_experts=-1 must be a whole number, at least 0"),
-    ({"top_k": 8}, "top_k=8 must be between 1 and all experts=7"),
-    ({"ffn_ratio": 0}, "ffn_ratio=0 must be above 0"),
-    ({"bias_update_rate": 0.1}, "mean_ffn_experts=None must be given exactly when bias_update_rate=0.1"),
-    ({"mean_ffn_experts": 1.0}, "mean_ffn_experts=1.0 must be given exactly when bias_update_rate=0.0"),
-    ({"bias_update_rate": 0.1, "mean_ffn_experts": 2.5}, "mean_ffn_experts=2.5 must be at most 2"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_zero_experts": 0, "n_copy_experts": 0, "n_constant_experts": 0}, "must not all be 0"),
+        ({"n_copy_experts": -1}, "n_copy_experts=-1 must be a whole number, at least 0"),
+        ({"top_k": 8}, "top_k=8 must be between 1 and all experts=7"),
+        ({"ffn_ratio": 0}, "ffn_ratio=0 must be above 0"),
+        (
+            {"bias_update_rate": 0.1},
+            "mean_ffn_experts=None must be given exactly when bias_update_rate=0.1",
+        ),
+        (
+            {"mean_ffn_experts": 1.0},
+            "mean_ffn_experts=1.0 must be given exactly when bias_update_rate=0.0",
+        ),
+        (
+            {"bias_update_rate": 0.1, "mean_ffn_experts": 2.5},
+            "mean_ffn_experts=2.5 must be at most 2",
+        ),
+    ],
+)
 def test_a_wrong_option_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ZeroComputationRouter(**{"d_model": 8, "n_experts": 4, "top_k": 2, **options})
@@ -186,7 +284,10 @@ def test_a_wrong_option_is_refused(options, message):
 
 def test_x_and_routing_must_belong_together():
     cheap = ZeroComputationExperts(8, 1, 1, 1)
-    for x, routing in [(randn(1, 2, 8), routing_of([[[0]]], 4)), (randn(1, 1, 7), routing_of([[[0]]], 4)),
-                       (randn(1, 1, 8), routing_of([[[0]]], 2))]:
+    for x, routing in [
+        (randn(1, 2, 8), routing_of([[[0]]], 4)),
+        (randn(1, 1, 7), routing_of([[[0]]], 4)),
+        (randn(1, 1, 8), routing_of([[[0]]], 2)),
+    ]:
         with pytest.raises(ValueError, match="do not fit d_model=8 and 3 experts"):
             cheap(x, routing)

@@ -1,1 +1,0 @@
-"""Benches: comparisons that one command repeats, ``python -m moe_core.bench NAME``. One file, one bench."""

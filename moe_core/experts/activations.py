@@ -1,0 +1,113 @@
+"""What stands between an expert's two matrices: an activation, gated or not, clamped or not, and its derivative."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..validate import at_least, boolean, one_of
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "relu2": lambda h: F.relu(h).square(),  # So et al. 2021, Primer
+    "quick_gelu": lambda h: h * torch.sigmoid(1.702 * h),  # Hendrycks and Gimpel 2016; gpt-oss
+}
+
+
+def _quick_gelu_pullback(grad: Tensor, h: Tensor) -> Tensor:
+    share = torch.sigmoid(1.702 * h)
+    return grad * share * (1 + 1.702 * h * (1 - share))
+
+
+PULLBACKS: dict[
+    str, Callable[[Tensor, Tensor], Tensor]
+] = {  # (gradient of act(h), h) -> gradient of h
+    "silu": torch.ops.aten.silu_backward,
+    "gelu": torch.ops.aten.gelu_backward,
+    "relu": lambda grad, h: grad * (h > 0),
+    "relu2": lambda grad, h: grad * 2 * F.relu(h),
+    "quick_gelu": _quick_gelu_pullback,
+}
+
+
+@dataclass(frozen=True)
+class Activation:
+    r"""From what the first matrix gives to what the second one takes.
+
+    .. math:: \mathrm{act}(h) \quad\text{or, gated,}\quad \mathrm{act}(\min(g, L)) \odot (\mathrm{clip}(u, -L, L) + o)
+
+    Attributes:
+        name: one of ``ACTIVATIONS``.
+        glu: gated: the input is [g; u], twice as wide as the output (Shazeer 2020, arXiv 2002.05202).
+        limit: L, or None for no clamp; only with glu. gpt-oss and DeepSeek-V4.
+        up_offset: o; only with glu. 1 in gpt-oss.
+
+    Raises:
+        ValueError: the name is unknown, or a clamp or an offset is given without glu.
+    """
+
+    name: str = "silu"
+    glu: bool = True
+    limit: float | None = None
+    up_offset: float = 0.0
+
+    def __post_init__(self):
+        one_of(ACTIVATIONS, activation=self.name)
+        boolean(glu=self.glu)
+        if self.limit is not None:
+            at_least(0, glu_limit=self.limit)
+        at_least(float("-1e30"), up_offset=self.up_offset)
+        if not self.glu and (self.limit is not None or self.up_offset):
+            raise ValueError(
+                f"glu_limit={self.limit!r} and up_offset={self.up_offset!r} must be None and 0 without glu"
+            )
+
+    def __call__(self, projected: Tensor) -> Tensor:
+        """(..., 2F), or (..., F) without glu, to (..., F)."""
+        if not self.glu:
+            return ACTIVATIONS[self.name](projected)
+        gate, up = self._clamped(projected)
+        return ACTIVATIONS[self.name](gate) * (up + self.up_offset if self.up_offset else up)
+
+    def pullback(self, grad: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of ``projected`` (rows, 2F) from that of the output (rows, F), and the output itself. Overwrites ``grad``.
+
+        Some rows at a time: what lies between then takes little memory and stays in the cache, yet is large enough for several threads.
+        """
+        grad_projected, output = torch.empty_like(projected), torch.empty_like(grad)
+        rows_at_once = max(1, 2**17 // grad.shape[-1])
+        for rows in zip(
+            *(tensor.split(rows_at_once) for tensor in (grad, projected, grad_projected, output))
+        ):
+            self._pullback(*rows)
+        return grad_projected, output
+
+    def _pullback(
+        self, grad: Tensor, projected: Tensor, grad_projected: Tensor, output: Tensor
+    ) -> None:
+        act, act_pullback = ACTIVATIONS[self.name], PULLBACKS[self.name]
+        if not self.glu:
+            grad_projected.copy_(act_pullback(grad, projected))
+            output.copy_(act(projected))
+            return
+        gate, up = self._clamped(projected)
+        if self.up_offset:
+            up = up + self.up_offset
+        active, (grad_gate, grad_up) = act(gate), grad_projected.chunk(2, -1)
+        torch.mul(active, up, out=output)
+        torch.mul(grad, active, out=grad_up)
+        grad_gate.copy_(act_pullback(grad.mul_(up), gate))
+        if self.limit is not None:
+            raw_gate, raw_up = projected.chunk(2, -1)
+            grad_gate.masked_fill_(raw_gate > self.limit, 0)
+            grad_up.masked_fill_(raw_up.abs() > self.limit, 0)
+
+    def _clamped(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = projected.chunk(2, -1)
+        if self.limit is not None:
+            gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate, up

@@ -1,7 +1,0 @@
-"""Train the language model, in one process or in many: ``python -m moe_core.pretrain --steps 20 --out runs/first``."""
-
-from .config import PretrainConfig
-from .run import pretrain
-from .trainer import Trainer
-
-__all__ = ["PretrainConfig", "Trainer", "pretrain"]

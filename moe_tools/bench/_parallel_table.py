@@ -1,0 +1,133 @@
+"""What the parallel bench found, as text: steps and how they scale, the all-to-alls of a step against the model, and the links."""
+
+import statistics
+
+from ._layer_table import _markdown
+from .parallel import ALONE, APART, SAME_EACH, SAME_TOKENS
+
+
+def report(record: dict) -> str:
+    """Everything there is to say about what ``parallel.bench`` returned."""
+    return "\n\n".join([machine(record), scaling(record), all_to_alls(record), links(record)])
+
+
+def machine(record: dict) -> str:
+    """The line above the tables."""
+    found, config = record["machine"], record["config"]
+    return (
+        f"{config['n_ranks']} processes of one thread on one machine ({found['processor']}), {config['backend']}, {config['dtype']}, "
+        f"torch {found['torch']}. Medians of {config['rounds']} rounds, {len(record['seeds'])} repetitions."
+    )
+
+
+def scaling(record: dict) -> str:
+    """Milliseconds of a step, how many times the tokens per second of one process R of them reach, and the share of the all-to-all."""
+    R = record["config"]["n_ranks"]
+    head = ["shape", "contestant", "ms", "tokens/s, times 1 process", "all-to-all", "of the step"]
+    lines = []
+    for found in record["results"]:
+        for name in (ALONE, APART, SAME_TOKENS, SAME_EACH):
+            work = R if name in (APART, SAME_EACH) else 1
+            speed = [work * ms[ALONE] / ms[name] for ms in found["ms"]]
+            moved = (
+                [exchanged[name] for exchanged in found["exchanged"]]
+                if name in (SAME_TOKENS, SAME_EACH)
+                else []
+            )
+            lines.append(
+                [
+                    found["name"],
+                    _named(name, record),
+                    f"{_mean([ms[name] for ms in found['ms']]):.2f}",
+                    _band(speed),
+                    f"{_mean([m['in_step_ms'] for m in moved]):.2f} ms" if moved else "",
+                    f"{_mean([m['share_of_step'] for m in moved]):.0%}" if moved else "",
+                ]
+            )
+    return _markdown(head, lines)
+
+
+def all_to_alls(record: dict) -> str:
+    """The five all-to-alls of a step together: bytes, what the model says, what they take by themselves, and in the step, where
+    ranks wait."""
+    head = [
+        "shape",
+        "contestant",
+        "MB a rank",
+        "modelled ms",
+        "by itself",
+        "modelled / measured",
+        "in the step",
+    ]
+    lines = []
+    for found in record["results"]:
+        for name in (SAME_TOKENS, SAME_EACH):
+            runs = [exchanged[name] for exchanged in found["exchanged"]]
+            modelled, measured = (
+                [sum(move[key] for move in run["moves"]) for run in runs]
+                for key in ("modelled_ms", "by_itself_ms")
+            )
+            lines.append(
+                [
+                    found["name"],
+                    _named(name, record),
+                    f"{_mean([_megabytes(run['moves']) for run in runs]):.3f}",
+                    f"{_mean(modelled):.2f}",
+                    f"{_mean(measured):.2f}",
+                    _band([one / other for one, other in zip(modelled, measured)]),
+                    f"{_mean([run['in_step_ms'] for run in runs]):.2f}",
+                ]
+            )
+    return _markdown(head, lines)
+
+
+def links(record: dict) -> str:
+    """The fit: alpha and beta over all shapes and repetitions, and how far it is from what was measured, size by size."""
+    networks = [network for found in record["results"] for network in found["network"]]
+    sizes = {}
+    for found in record["results"]:
+        for run in found["links"]:
+            for link in run:
+                sizes.setdefault(link["bytes"], []).append(link)
+    text = (
+        f"Fitted: alpha {1e6 * _mean([n['latency'] for n in networks]):.0f} us a message, "
+        f"1/beta {1e9 * _mean([n['seconds_per_byte'] for n in networks]):.3f} ns a byte."
+    )
+    lines = [
+        [
+            f"{size:,}",
+            f"{_mean([link['ms'] for link in several]):.3f}",
+            f"{_mean([link['modelled_ms'] for link in several]):.3f}",
+            _band([link["modelled_ms"] / link["ms"] for link in several]),
+        ]
+        for size, several in sizes.items()
+    ]
+    return (
+        text
+        + "\n\n"
+        + _markdown(
+            ["bytes to each other rank", "measured ms", "modelled", "modelled / measured"], lines
+        )
+    )
+
+
+def _megabytes(moves: list[dict]) -> float:
+    """What a rank sends to others in all of them, the one that sends most."""
+    return (
+        sum(
+            max(sum(row) - row[rank] for rank, row in enumerate(move["bytes_RR"])) for move in moves
+        )
+        / 1e6
+    )
+
+
+def _named(name: str, record: dict) -> str:
+    return name.replace("R ", f"{record['config']['n_ranks']} ")
+
+
+def _mean(values: list[float]) -> float:
+    return statistics.fmean(values)
+
+
+def _band(values: list[float]) -> str:
+    return f"{_mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"

@@ -1,73 +1,38 @@
 """moe_core: Mixture-of-Experts in plain PyTorch, one idea a file.
 
-    x (B, N, D) --Router--> Routing --DispatchPlan--> rows (A, D) + counts (E,) --Experts--> rows --combine--> y (B, N, D)
+    x (B, N, D) --Router--> Routing --DispatchPlan--> rows (A, D) + counts (E,)
+                --Experts--> rows (A, D) --combine--> y (B, N, D)
 
-Dimension letters, everywhere: B batch, N tokens per sequence, T = B*N, D d_model, F d_ff, E experts, K slots per token,
-C capacity, A kept assignments. A local tensor carries its dims as a suffix: ``scores_BNE``, ``rows_AD``.
+Dimension letters, everywhere: B batch, N tokens per sequence, T = B*N, D d_model, F d_ff,
+E experts, K slots per token, C capacity, A kept assignments, R ranks. A local tensor carries its
+dims as a suffix: ``scores_BNE``, ``rows_AD``.
+
+Read in this order: routing · capacity, losses, dispatch, parallel, metrics · routers, experts ·
+config · layer · lm. What is made of it (counting, designing, training, diagnosis, other people's
+models, benches) is the package ``moe_tools``.
 """
 
-from . import capacity, losses, metrics
+from . import capacity, losses, metrics, routers
 from .capacity import CapacityRule
 from .config import MoEConfig
 from .dispatch import DispatchPlan
-from .experts import Experts, FeedForward, ZeroComputationExperts
-from .experts.soft import SoftMoE
+from .experts import Experts, FeedForward, SoftMoE, ZeroComputationExperts
 from .layer import MixtureOfExperts
 from .lm import LanguageModel, LMConfig
-from .routers import (
-    BalancedAssignmentRouter,
-    ExpertChoiceRouter,
-    ExpertThresholdRouter,
-    GShardRouter,
-    HashRouter,
-    LossFreeRouter,
-    NoisyTopKRouter,
-    QuantileBalancingRouter,
-    ReLURouter,
-    Router,
-    SinkhornRouter,
-    SwitchRouter,
-    TopKRouter,
-    ZeroComputationRouter,
-)
+from .routers import *  # noqa: F403  (the classes of every file there)
 from .routing import DropReason, Routing
 
 __version__ = "0.1.0"
+_ROUTERS = [name for name in routers.__all__ if name != "ROUTERS"]
 __all__ = [
-    "BalancedAssignmentRouter",
-    "CapacityRule",
-    "DispatchPlan",
-    "DropReason",
-    "ExpertChoiceRouter",
-    "ExpertThresholdRouter",
-    "Experts",
-    "FeedForward",
-    "GShardRouter",
-    "HashRouter",
-    "LMConfig",
-    "LanguageModel",
-    "LossFreeRouter",
-    "MixtureOfExperts",
-    "MoEConfig",
-    "NoisyTopKRouter",
-    "QuantileBalancingRouter",
-    "ReLURouter",
-    "Router",
-    "Routing",
-    "SinkhornRouter",
-    "SoftMoE",
-    "SwitchRouter",
-    "TopKRouter",
-    "ZeroComputationExperts",
-    "ZeroComputationRouter",
-    "capacity",
-    "losses",
-    "metrics",
+    *("CapacityRule", "DispatchPlan", "DropReason", "Experts", "FeedForward", "LMConfig"),
+    *("LanguageModel", "MixtureOfExperts", "MoEConfig", "Routing", "SoftMoE"),
+    *("ZeroComputationExperts", "capacity", "losses", "metrics", *_ROUTERS),
 ]
 
 
 def __getattr__(name: str):
-    """``moe_core.published`` and ``moe_core.interop`` are tools: loaded when somebody asks."""
+    """``moe_core.published`` and ``moe_core.interop`` are tools, loaded when somebody asks."""
     if name in ("published", "interop"):
         from importlib import import_module
 

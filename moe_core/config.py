@@ -1,17 +1,31 @@
 """MoEConfig: everything that defines an MoE layer, validated, and serialisable to a plain dict."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from enum import Enum
+from typing import Any
 
-import torch
-
-from .build import build, shared_defaults, top_k_is_a_mean
 from .capacity import CapacityRule
 from .experts import BACKENDS
 from .experts.activations import Activation
 from .experts.shared import COMBINE
-from .routers import ROUTERS
-from .validate import at_least, between, boolean, one_of, top_k_fits, whole
+from .routers import ROUTERS, Router
+from .validate import between, boolean, one_of, whole
+
+# Fields that several routers share -> the value for a router that has no such option.
+SHARED = {
+    "capacity_factor": None,
+    "norm_topk_prob": None,
+    "aux_loss_weight": 0.0,
+    "z_loss_weight": 0.0,
+    "jitter_noise": 0.0,
+}
+
+
+class Default(Enum):
+    """Stands for the value that the router's class has; a config replaces it at once."""
+
+    OF_THE_ROUTER = "the router's own"
 
 
 @dataclass(frozen=True)
@@ -19,37 +33,38 @@ class MoEConfig:
     """An MoE layer in numbers.
 
     Attributes:
-        d_model, d_ff, n_experts, top_k: D, F (of one expert), E and K. Where a token may take any number of experts (expert
-            choice, threshold, ReLU), K is their mean number, the router's ``expansion``, and may be a fraction.
-        capacity_factor: places per slot at perfect balance; None means dropless. Or a ``CapacityRule``.
-        router: the name of the router, one of ``moe_core.routers.ROUTERS``.
-        norm_topk_prob: renormalise the weights of the K chosen experts so that they sum to 1; None where the router decides.
-        aux_loss_weight, z_loss_weight: coefficients of the load-balancing loss and of the z-loss; 0 leaves a loss out.
+        d_model, d_ff, n_experts, top_k: D, F (of one expert), E and K. Where a token may take any
+            number of experts, K is their mean number, the router's ``expansion``.
+        capacity_factor: places per slot at perfect balance, None for dropless; or a
+            ``CapacityRule``.
+        router: a name in ``moe_core.routers.ROUTERS``.
+        norm_topk_prob: the weights of the K chosen experts sum to 1.
+        aux_loss_weight, z_loss_weight: coefficients of the balance loss and of the z-loss.
         jitter_noise: epsilon of the multiplicative noise on the router's input, in training only.
-        n_shared_experts: experts that every token visits besides its K; they are one MLP of width n_shared_experts * shared_d_ff.
-        shared_d_ff: width of one shared expert, None for d_ff. shared_gate, shared_combine: see ``SharedExperts``.
-        activation, glu, bias, glu_limit, up_offset, dropout: of all experts, the shared ones included; see ``Experts``.
-        drop_path, backend: see ``Experts``.
-        router_options: what only this router knows, name -> plain value, as in its class. The router is built once to check them.
+        n_shared_experts: experts that every token visits besides its K.
+        shared_d_ff: width of one shared expert, None for d_ff.
+        shared_gate, shared_combine: see ``SharedExperts``.
+        activation, glu, bias, glu_limit, up_offset, dropout, drop_path, backend: see ``Experts``;
+            the first six hold for shared experts, too.
+        router_options: what only this router knows, name -> plain value.
 
-    capacity_factor, norm_topk_prob, aux_loss_weight, z_loss_weight and jitter_noise belong to the routers that have such an
-    argument. "default" stands for the value that the router's class has (for "topk": None, True, 0, 0, 0) and is replaced by it at
-    once, so that a config always says what is done. A router without the argument has None, None, 0, 0, 0 and refuses all else.
+    capacity_factor, norm_topk_prob, aux_loss_weight, z_loss_weight and jitter_noise start with what
+    the router's class has; for a router without such an option they are None, None, 0, 0, 0.
 
     Raises:
-        ValueError: a value is out of its range, or the router cannot use it; the message names the argument, the value and the range.
+        ValueError: a value is out of its range, or the router cannot use it.
     """
 
     d_model: int
     d_ff: int
     n_experts: int
     top_k: int | float
-    capacity_factor: float | CapacityRule | None | str = "default"
+    capacity_factor: float | CapacityRule | None = Default.OF_THE_ROUTER
     router: str = "topk"
-    norm_topk_prob: bool | None | str = "default"
-    aux_loss_weight: float | str = "default"
-    z_loss_weight: float | str = "default"
-    jitter_noise: float | str = "default"
+    norm_topk_prob: bool | None = Default.OF_THE_ROUTER
+    aux_loss_weight: float = Default.OF_THE_ROUTER
+    z_loss_weight: float = Default.OF_THE_ROUTER
+    jitter_noise: float = Default.OF_THE_ROUTER
     n_shared_experts: int = 0
     shared_d_ff: int | None = None
     shared_gate: bool = False
@@ -65,53 +80,81 @@ class MoEConfig:
     router_options: dict = field(default_factory=dict, hash=False)  # a dict has no hash
 
     def __post_init__(self):
-        whole(1, d_model=self.d_model, d_ff=self.d_ff, n_experts=self.n_experts)
         one_of(ROUTERS, router=self.router)
-        for name, value in shared_defaults(self.router).items():
-            if isinstance(getattr(self, name), str) and getattr(self, name) == "default":
-                object.__setattr__(self, name, value)
-        if top_k_is_a_mean(self.router):
-            at_least(0, top_k=self.top_k)  # the router says the rest, of its expansion
-        else:
-            top_k_fits(self.top_k, self.n_experts)
-        whole(0, n_shared_experts=self.n_shared_experts)
-        at_least(0, aux_loss_weight=self.aux_loss_weight, z_loss_weight=self.z_loss_weight)
+        self._set(router_options=_plain(self.router_options))
+        accepted = self._accepted()
+        for name, nothing in SHARED.items():
+            if getattr(self, name) is Default.OF_THE_ROUTER:
+                self._set(**{name: accepted.get(name, nothing)})
         rule = CapacityRule.of(self.capacity_factor)
         if isinstance(self.capacity_factor, dict):  # as it comes out of to_dict
-            object.__setattr__(self, "capacity_factor", rule)
-        if rule.overflow == "shared" and self.n_shared_experts == 0:
-            raise ValueError(
-                "n_shared_experts=0 must be at least 1 where the overflow goes to the shared expert"
-            )
-        if self.n_shared_experts == 0 and (
-            self.shared_d_ff,
-            self.shared_gate,
-            self.shared_combine,
-        ) != (None, False, "sum"):
-            raise ValueError(
-                "n_shared_experts=0 must be at least 1 where shared_d_ff, shared_gate or shared_combine is given"
-            )
+            self._set(capacity_factor=rule)
+        ROUTERS[self.router].Options(**self.router_arguments())  # checks them
+        whole(1, d_ff=self.d_ff)
+        whole(0, n_shared_experts=self.n_shared_experts)
         whole(1, shared_d_ff=self.d_ff if self.shared_d_ff is None else self.shared_d_ff)
+        shared = self.shared_d_ff, self.shared_gate, self.shared_combine
+        for needed, why in (
+            (rule.overflow == "shared", "the overflow goes to the shared expert"),
+            (shared != (None, False, "sum"), "shared_d_ff, shared_gate or shared_combine is given"),
+        ):
+            if needed and self.n_shared_experts == 0:
+                raise ValueError(f"n_shared_experts=0 must be at least 1 where {why}")
         one_of(COMBINE, shared_combine=self.shared_combine)
-        between(
-            0.0, 1.0, jitter_noise=self.jitter_noise, dropout=self.dropout, drop_path=self.drop_path
-        )
+        between(0.0, 1.0, dropout=self.dropout, drop_path=self.drop_path)
         boolean(bias=self.bias, shared_gate=self.shared_gate)
         Activation(self.activation, self.glu, self.glu_limit, self.up_offset)  # checks the four
         one_of(BACKENDS, backend=self.backend)
-        object.__setattr__(self, "router_options", _plain(self.router_options))
-        with (
-            torch.random.fork_rng(devices=[]),
-            torch.device("cpu"),
-        ):  # to make a config draws no random number
-            build(self)
+
+    def _set(self, **values) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _accepted(self) -> dict[str, Any]:
+        """The router's arguments and their defaults, MISSING where there is none."""
+        return {f.name: f.default for f in fields(ROUTERS[self.router].Options) if f.init}
+
+    def router_arguments(self) -> dict[str, Any]:
+        """What the router's class is called with.
+
+        Raises:
+            ValueError: the router has no such option, or one it needs is missing.
+        """
+        cls, accepted, router = ROUTERS[self.router], self._accepted(), f"router={self.router!r}"
+        mean = cls.top_k_is_a_mean
+        top_k = {"expansion": self.top_k} if mean else {"top_k": self.top_k}
+        given = {"d_model": self.d_model, "n_experts": self.n_experts, **top_k}
+        given |= {name: getattr(self, name) for name in SHARED}
+        own = [name for name in accepted if name not in given]
+        for name in self.router_options:
+            if name in given or name in ("top_k", "expansion"):
+                field_ = "top_k" if name == "expansion" else name
+                raise ValueError(
+                    f"router_options[{name!r}]: give it as the field {field_} of MoEConfig"
+                )
+            if name not in own:
+                has = f"it has {', '.join(own)}" if own else "it has none"
+                raise ValueError(f"router_options[{name!r}]: {router} has no such option; {has}")
+        for name in own:
+            if accepted[name] is MISSING and name not in self.router_options:
+                raise ValueError(f"{router} needs router_options[{name!r}]")
+        for name in given.keys() - accepted.keys():
+            fixed = SHARED[name] if name in SHARED else cls.Options.top_k
+            if given.pop(name) != fixed:
+                value, why = getattr(self, name), f"{router} has no other"
+                if name in SHARED:
+                    why = f"{router} has no such option"
+                raise ValueError(f"{name}={value!r} must be {fixed!r}: {why}")
+        return given | self.router_options
+
+    def build_router(self) -> Router:
+        """The router that this config names."""
+        return ROUTERS[self.router](**self.router_arguments())
 
     def mlp_options(self) -> dict:
-        """What one expert is made of besides its size: the options of ``FeedForward`` and ``Experts``."""
-        return {
-            name: getattr(self, name)
-            for name in ("activation", "glu", "bias", "glu_limit", "up_offset", "dropout")
-        }
+        """What one expert is made of besides its size: the options of ``FeedForward``."""
+        names = ("activation", "glu", "bias", "glu_limit", "up_offset", "dropout")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict:
         """Plain values only, ready for JSON."""
@@ -119,11 +162,7 @@ class MoEConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "MoEConfig":
-        """The inverse of ``to_dict``.
-
-        Raises:
-            ValueError: a key is not a field of this config.
-        """
+        """The inverse of ``to_dict``. Raises ValueError for a key that is no field."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"unknown keys in MoEConfig: {', '.join(unknown)}")
@@ -138,6 +177,7 @@ def _plain(options: dict) -> dict:
         copy = None
     if not isinstance(options, dict) or copy != options:
         raise ValueError(
-            f"router_options={options!r} must be a dict of names to plain JSON values (lists, not tuples)"
+            f"router_options={options!r} must be a dict of names to plain JSON values "
+            "(lists, not tuples)"
         )
     return copy

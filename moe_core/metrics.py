@@ -118,8 +118,7 @@ def route_flips(before: Routing, after: Routing, *, kept: bool = False) -> Tenso
 def expert_sets(routing: Routing, *, kept: bool = False) -> Tensor:
     """(B, N, E) bool: the experts each token asked for, or with ``kept`` the ones it got."""
     mask_BNK = routing.capacity_mask if kept else routing.selected_mask
-    counts_BNE = torch.zeros(routing.scores.shape, dtype=torch.int64, device=mask_BNK.device)
-    return counts_BNE.scatter_add_(-1, routing.expert_indices, mask_BNK.long()) > 0
+    return routing.by_expert(mask_BNK.long()) > 0
 
 
 def summary(routings: Routings) -> dict[str, float]:

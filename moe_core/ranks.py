@@ -1,7 +1,12 @@
-"""Sums and means over the ranks of a data-parallel run; with one process they are the number itself."""
+"""Sums and means over the ranks of a data-parallel run; with one process, the number itself."""
 
+from collections.abc import Sequence
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .routing import Routing
 
 
 def n_ranks() -> int:
@@ -10,9 +15,9 @@ def n_ranks() -> int:
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:
-    """The sum of this tensor over all ranks, the same on each, in a tensor of its own and without gradient.
+    """The sum over all ranks, the same on each, in a new tensor without gradient.
 
-    Every rank must call it, in the same order, with the same shape and dtype. int64 counts are summed as integers, so exactly.
+    Every rank must call it with the same shape and dtype. int64 counts are summed exactly.
     """
     total = x.detach().clone()
     if n_ranks() > 1:
@@ -21,13 +26,22 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean of this floating-point tensor over all ranks; otherwise as ``sum_over_ranks``.
+    """The mean over all ranks of a floating-point tensor; otherwise as ``sum_over_ranks``.
 
     Raises:
-        ValueError: x holds integers, which have no mean of their own type.
+        ValueError: x holds integers, whose mean is no integer.
     """
     if not x.is_floating_point():
-        raise ValueError(
-            f"x has dtype {x.dtype}, must be floating point: sum_over_ranks is for counts"
-        )
+        raise ValueError(f"x has dtype {x.dtype}, must be floating point: use sum_over_ranks")
     return sum_over_ranks(x) / n_ranks()
+
+
+def load_over_ranks(routings: Sequence[Routing], like_E: Tensor) -> Tensor:
+    """(E,) int64: selected slots per expert, over these micro-batches and all ranks.
+
+    ``like_E`` gives E and the device, for a step without micro-batches.
+    """
+    counts_E = torch.zeros_like(like_E, dtype=torch.int64)
+    for routing in routings:
+        counts_E += routing.slots_per_expert()
+    return sum_over_ranks(counts_E)

@@ -1,7 +1,7 @@
 """Routing: the one object that leaves a router, and its contract.
 
-Everything downstream (dispatch, losses, metrics, figures) reads only this. Routers in which a token may take any number of
-experts use K = E slots and mask the ones they do not take: one representation for all.
+Everything downstream (dispatch, losses, metrics, figures) reads only this. Routers in which a token
+may take any number of experts use K = E slots and mask the ones they do not take.
 """
 
 from dataclasses import dataclass, field, replace
@@ -9,8 +9,6 @@ from enum import IntEnum
 
 import torch
 from torch import Tensor
-
-from .validate import one_of
 
 WEIGHTS_ON = ("output", "input")
 
@@ -21,7 +19,7 @@ class DropReason(IntEnum):
     KEPT = 0
     OVER_CAPACITY = 1
     PADDING = 2
-    NOT_SELECTED = 3  # routers with K = E slots: this expert was never asked for (not among its choices, below its threshold, zero)
+    NOT_SELECTED = 3  # routers with K = E slots: this token never asked for this expert
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,19 +28,18 @@ class Routing:
 
     Attributes:
         expert_indices: (B, N, K) int64, the expert each slot goes to.
-        expert_weights: (B, N, K) float32, the weight with which that expert's output is combined.
+        expert_weights: (B, N, K) float32, what that expert's output is multiplied by.
         capacity_mask: (B, N, K) bool, True where the slot is kept: selected, and under capacity.
-        logits: (B, N, E) float32, before the score function; a selection bias never appears here.
-        scores: (B, N, E) float32, after the score function; a selection bias never appears here.
+        logits, scores: (B, N, E) float32, before and after the score function; no selection bias.
         drop_reason: (B, N, K) int8, a ``DropReason`` for each slot.
         losses: name -> weighted, differentiable scalar.
         capacity: the most slots an expert may keep, None when dropless.
-        capacity_scope: what the capacity is counted over: the whole "batch", or each "sequence" for itself.
-        overflow: what becomes of the weight of a slot over capacity: "drop" it, or hand it to the "shared" expert.
         padding_mask: (B, N) bool, True for real tokens, None when all are real.
-        normalized: the router promises that the K weights of a token sum to 1 (before any slot is dropped).
-        dropless: the router promises that every slot is kept, so that A = T*K is known without reading a tensor.
-        weights_on: what a weight multiplies: the expert's "output", w * f(x), or its "input", f(w * x), as in Llama 4.
+        normalized: a promise that the K weights of a token sum to 1 (before any slot is dropped).
+        dropless: a promise that every slot is kept: A = T*K is known without reading a tensor.
+        weights_on: a weight multiplies the expert's "output", w f(x), or its "input", f(w x).
+        capacity_scope: the capacity counts over the whole "batch", or within each "sequence".
+        overflow: "drop" a slot over capacity, or hand its weight to the "shared" expert.
 
     With float64 input the float fields are float64.
     """
@@ -64,13 +61,19 @@ class Routing:
 
     @property
     def n_experts(self) -> int:
-        """E."""
         return self.scores.shape[-1]
 
     @property
     def top_k(self) -> int:
-        """K, the number of slots per token."""
+        """K, the slots of a token."""
         return self.expert_indices.shape[-1]
+
+    @property
+    def places_per_expert(self) -> int | None:
+        """The most slots an expert can keep in the whole batch, None when dropless."""
+        if self.capacity is None or self.capacity_scope == "batch":
+            return self.capacity
+        return self.capacity * self.scores.shape[0]
 
     @property
     def aux_loss(self) -> Tensor:
@@ -81,6 +84,14 @@ class Routing:
     def selected_mask(self) -> Tensor:
         """(B, N, K) bool: the slots the router asked for, whether or not there was room."""
         return self.capacity_mask | (self.drop_reason == DropReason.OVER_CAPACITY.value)
+
+    @property
+    def real_tokens(self) -> Tensor:
+        """(B, N) bool: True where the token is not padding."""
+        if self.padding_mask is not None:
+            return self.padding_mask
+        shape, device = self.expert_indices.shape[:2], self.expert_indices.device
+        return torch.ones(shape, dtype=torch.bool, device=device)
 
     @property
     def tokens_per_expert(self) -> Tensor:
@@ -95,10 +106,9 @@ class Routing:
 
     @property
     def overflow_weight(self) -> Tensor:
-        """(B, N): the weight that each token's slots over capacity leave to the shared expert; 0 where overflow is dropped.
+        """(B, N): the weight of each token's slots over capacity; 0 where overflow is dropped.
 
-        A layer adds overflow_weight * shared(x), besides what the shared expert does anyway. Carries gradient: the router
-        learns from a dropped slot too.
+        A layer adds overflow_weight * shared(x). Carries gradient: a dropped slot teaches too.
         """
         over_BNK = self.drop_reason == DropReason.OVER_CAPACITY.value
         if self.overflow == "drop":
@@ -106,142 +116,106 @@ class Routing:
         return self.expert_weights.masked_fill(~over_BNK, 0).sum(-1)
 
     def slots_per_expert(self, scope: str = "batch") -> Tensor:
-        """(E,) int64: selected slots per expert, before capacity: the load. (B, E) for scope="sequence"."""
+        """The load: selected slots per expert, before capacity, (E,) int64; (B, E) by "sequence"."""
         return _pool(self._count(self.selected_mask), scope)
 
     def slot_share(self, scope: str = "batch") -> Tensor:
-        """f_e, the share of selected slots (before capacity) that chose expert e; sums to 1 over experts.
+        """f_e, the share of selected slots that chose expert e; sums to 1 over experts.
 
-        Args:
-            scope: "batch" pools all tokens -> (E,); "sequence" keeps the sequences apart -> (B, E).
+        (E,) with scope="batch", which pools all tokens; (B, E) with scope="sequence".
         """
         counts = self.slots_per_expert(scope).to(self.scores.dtype)
         return counts / counts.sum(-1, keepdim=True).clamp(min=1)
 
     def mean_score(self, scope: str = "batch") -> Tensor:
-        """P_e, the mean score of expert e over real tokens; carries gradient. Scope as in ``slot_share``."""
+        """P_e, the mean score of expert e over real tokens; carries gradient. Scope as above."""
         real_BN = self.real_tokens.to(self.scores.dtype)
-        total_BE = (self.scores * real_BN.unsqueeze(-1)).sum(
-            1
-        )  # no matmul: autocast would run it in bfloat16
+        # A product and a sum, no matmul: autocast would run that in bfloat16.
+        total_BE = (self.scores * real_BN.unsqueeze(-1)).sum(1)
         return _pool(total_BE, scope) / _pool(real_BN.sum(-1, keepdim=True), scope).clamp(min=1)
 
-    @property
-    def real_tokens(self) -> Tensor:
-        """(B, N) bool: True where the token is not padding."""
-        if self.padding_mask is not None:
-            return self.padding_mask
-        return torch.ones(
-            self.expert_indices.shape[:2], dtype=torch.bool, device=self.expert_indices.device
-        )
+    def by_expert(self, values_BNK: Tensor) -> Tensor:
+        """(B, N, K) -> (B, N, E): a slot's value at its expert, 0 where a token has no slot."""
+        zeros_BNE = values_BNK.new_zeros(self.scores.shape)
+        # A token has at most one slot per expert, so each entry is written once: same bits anywhere.
+        return zeros_BNE.scatter_add(-1, self.expert_indices, values_BNK)
 
     def with_losses(self, **losses: Tensor) -> "Routing":
         """The same routing with these weighted losses added."""
         return replace(self, losses={**self.losses, **losses})
 
     def check(self) -> "Routing":
-        """Raise ValueError where the routing breaks its contract; return the routing itself otherwise.
+        """Return the routing itself, or raise ValueError where it breaks its contract.
 
-        For tests and debugging: it reads tensor values, so on a GPU it waits for the device.
+        For tests and debugging: it reads tensor values, which synchronises with a GPU.
         """
         slots, tokens, E = self.expert_indices.shape, self.expert_indices.shape[:2], self.n_experts
-        _require(
-            self.weights_on in WEIGHTS_ON,
-            f"weights_on={self.weights_on!r} must be one of {WEIGHTS_ON}",
-        )
-        _require(
-            self.overflow in ("drop", "shared"),
-            f"overflow={self.overflow!r} must be 'drop' or 'shared'",
-        )
-        for name, dtypes in {
-            "expert_indices": (torch.int64,),
-            "expert_weights": (torch.float32, torch.float64),
-            "capacity_mask": (torch.bool,),
-            "drop_reason": (torch.int8,),
-        }.items():
+        _require(self.weights_on in WEIGHTS_ON, f"weights_on={self.weights_on!r} is unknown")
+        _require(self.overflow in ("drop", "shared"), f"overflow={self.overflow!r} is unknown")
+        floats = torch.float32, torch.float64
+        for name, shape, dtypes in (
+            ("expert_indices", slots, (torch.int64,)),
+            ("expert_weights", slots, floats),
+            ("capacity_mask", slots, (torch.bool,)),
+            ("drop_reason", slots, (torch.int8,)),
+            ("logits", (*tokens, E), floats),
+            ("scores", (*tokens, E), floats),
+        ):
             tensor = getattr(self, name)
-            _require(
-                tensor.shape == slots,
-                f"{name} has shape {tuple(tensor.shape)}, expert_indices {tuple(slots)}",
-            )
-            _require(
-                tensor.dtype in dtypes, f"{name} has dtype {tensor.dtype}, must be {dtypes[0]}"
-            )
-        for name in ("logits", "scores"):
-            tensor = getattr(self, name)
-            _require(
-                tensor.shape == (*tokens, E),
-                f"{name} has shape {tuple(tensor.shape)}, must be {(*tokens, E)}",
-            )
-            _require(
-                tensor.dtype in (torch.float32, torch.float64),
-                f"{name} has dtype {tensor.dtype}, must be float32",
-            )
-        for name in ("expert_weights", "logits", "scores"):
-            _require(bool(getattr(self, name).isfinite().all()), f"{name} holds NaN or infinity")
-        real_BN = self.real_tokens
-        _require(
-            real_BN.shape == tokens and real_BN.dtype == torch.bool,
-            f"padding_mask must be bool of shape {tuple(tokens)}",
-        )
+            found, wanted = tuple(tensor.shape), tuple(shape)
+            _require(found == wanted, f"{name} has shape {found}, must be {wanted}")
+            _require(tensor.dtype in dtypes, f"{name} has dtype {tensor.dtype}, not {dtypes[0]}")
+            if dtypes is floats:
+                _require(bool(tensor.isfinite().all()), f"{name} holds NaN or infinity")
+
+        real_BN, reasons = self.real_tokens, self.drop_reason
+        fits = real_BN.shape == tokens and real_BN.dtype == torch.bool
+        _require(fits, f"padding_mask must be bool of shape {tuple(tokens)}")
         in_range = (self.expert_indices >= 0) & (self.expert_indices < E)
         _require(bool(in_range.all()), f"expert_indices must lie in [0, {E})")
-        _require(
-            torch.equal(self.capacity_mask, self.drop_reason == DropReason.KEPT.value),
-            "capacity_mask and drop_reason disagree",
+        kept, over, padding = (
+            reasons == reason.value
+            for reason in (DropReason.KEPT, DropReason.OVER_CAPACITY, DropReason.PADDING)
         )
-        _require(
-            not self.dropless or bool(self.capacity_mask.all()),
-            "the routing is dropless, but not every slot is kept",
-        )
-        known = torch.isin(
-            self.drop_reason,
-            torch.tensor(list(DropReason), dtype=torch.int8, device=self.drop_reason.device),
-        )
+        _require(torch.equal(self.capacity_mask, kept), "capacity_mask and drop_reason disagree")
+        _require(not self.dropless or bool(kept.all()), "dropless, but not every slot is kept")
+        known = torch.isin(reasons, reasons.new_tensor(list(DropReason)))
         _require(bool(known.all()), "drop_reason holds a code that is no DropReason")
-        padding = self.drop_reason == DropReason.PADDING.value
         _require(not bool(padding[real_BN].any()), "a real token has the reason PADDING")
-        over = self.drop_reason == DropReason.OVER_CAPACITY.value
-        _require(
-            self.capacity is not None or not bool(over.any()),
-            "a slot is over capacity, but capacity is None",
-        )
-        chosen_BNE = torch.zeros(*tokens, E, dtype=torch.int64, device=self.logits.device)
-        chosen_BNE.scatter_add_(-1, self.expert_indices, self.selected_mask.long())
-        _require(bool((chosen_BNE <= 1).all()), "an expert is chosen twice for one token")
-        _require(
-            not bool(self.selected_mask[~real_BN].any()), "a padding token has a selected slot"
-        )
-        if self.capacity is not None:
-            kept = _pool(self._count(self.capacity_mask), self.capacity_scope)
-            most = int(kept.max()) if kept.numel() else 0
-            _require(
-                most <= self.capacity, f"an expert keeps {most} slots, capacity is {self.capacity}"
-            )
+        asked = self.selected_mask
+        _require(not bool(asked[~real_BN].any()), "a padding token has a selected slot")
+        twice = bool((self.by_expert(asked.long()) > 1).any())
+        _require(not twice, "an expert is chosen twice for one token")
+
+        if self.capacity is None:
+            _require(not bool(over.any()), "a slot is over capacity, but capacity is None")
+        else:
+            loads = _pool(self._count(self.capacity_mask), self.capacity_scope)
+            most = int(loads.max()) if loads.numel() else 0
+            message = f"an expert keeps {most} slots, capacity is {self.capacity}"
+            _require(most <= self.capacity, message)
         if self.normalized:
             off = (self.expert_weights.sum(-1) - 1).abs()[real_BN]
             _require(bool((off < 1e-5).all()), "expert_weights of a token must sum to 1")
         for name, loss in self.losses.items():
-            _require(
-                loss.ndim == 0 and bool(loss.isfinite()),
-                f"losses[{name!r}] must be a finite scalar",
-            )
+            finite = loss.ndim == 0 and bool(loss.isfinite())
+            _require(finite, f"losses[{name!r}] must be a finite scalar")
         return self
 
     def _count(self, mask_BNK: Tensor) -> Tensor:
-        """(B, E) int64: how many slots under the mask went to each expert. scatter_add_, since bincount waits for the GPU."""
-        B = self.expert_indices.shape[0]
-        counts_BE = torch.zeros(
-            B, self.n_experts, dtype=torch.int64, device=self.expert_indices.device
-        )
-        return counts_BE.scatter_add_(
-            -1, self.expert_indices.flatten(1), mask_BNK.flatten(1).long()
-        )
+        """(B, E) int64: slots under the mask per expert."""
+        B, E = self.scores.shape[0], self.scores.shape[-1]
+        counts_BE = torch.zeros(B, E, dtype=torch.int64, device=self.expert_indices.device)
+        # scatter_add_ and not bincount, which synchronises with the GPU
+        return counts_BE.scatter_add_(1, self.expert_indices.flatten(1), mask_BNK.flatten(1).long())
 
 
 def _pool(values_BE: Tensor, scope: str) -> Tensor:
-    one_of(("batch", "sequence"), scope=scope)
-    return values_BE.sum(0) if scope == "batch" else values_BE
+    if scope == "batch":
+        return values_BE.sum(0)
+    if scope == "sequence":
+        return values_BE
+    raise ValueError(f"scope={scope!r} must be one of 'batch', 'sequence'")
 
 
 def _require(condition: bool, message: str) -> None:

@@ -58,7 +58,7 @@ CLAIMS = {
 class PooledExpertChoice(ExpertChoiceRouter):
     """Expert choice within pools of ``pool`` tokens that follow each other; in the whole batch if it is smaller."""
 
-    def forward(self, x, padding_mask=None):
+    def forward(self, x, padding_mask=None, token_ids=None):
         B, N, D = x.shape
         size = min(self.pool, B * N)
         mask = None if padding_mask is None else padding_mask.reshape(-1, size)
@@ -83,17 +83,16 @@ class PooledExpertChoice(ExpertChoiceRouter):
 class CutoffRouter(ExpertChoiceRouter):
     """The causal stand-in: an expert takes a token whose score is above the fixed ``cutoff_E``, whatever the other tokens are."""
 
-    def forward(self, x, padding_mask=None):
+    def forward(self, x, padding_mask=None, token_ids=None):
         logits_BNE = self.logits(x)
         scores_BNE = logits_BNE.sigmoid()
-        return self.route(
+        return self.routing(
             self.every_expert(x),
             scores_BNE,
             logits_BNE,
             scores_BNE,
             padding_mask=padding_mask,
             selected_BNK=scores_BNE > self.cutoff_E,
-            apply_capacity=False,
         )
 
 

@@ -30,7 +30,7 @@ from moe_core import (
     metrics,
 )
 from moe_core.lm import next_token_loss
-from moe_core.routers.expert_choice import take_best
+from moe_core.routers.token_shares import take_best
 
 SEEDS = [0, 1, 2]
 SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
@@ -120,20 +120,13 @@ SAME, SEEN, STARVED = (
 class SequencePool(ExpertThresholdRouter):
     """Expert choice within each sequence: k best of N tokens in training; the cutoff to remember is the mean over sequences."""
 
-    def forward(self, x, padding_mask=None):
+    def forward(self, x, padding_mask=None, token_ids=None):
         if not self.training:
             return super().forward(x, padding_mask)
         h = self.logits(x)
         k = torch.full((len(x), self.n_experts), int(x.shape[1] * self.share))
         chosen = take_best(h, torch.ones(x.shape[:2], dtype=torch.bool), k)
-        return self.route(
-            self.every_expert(x),
-            h.sigmoid(),
-            h,
-            h.sigmoid(),
-            selected_BNK=chosen,
-            apply_capacity=False,
-        )
+        return self.routing(self.every_expert(x), h.sigmoid(), h, h.sigmoid(), selected_BNK=chosen)
 
     def update(self, routings):
         super().update(

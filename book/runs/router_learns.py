@@ -44,7 +44,7 @@ class DiceRouter(TopKRouter):
 class ScaledRouter(TopKRouter):
     """The weights times E: at the start, where all scores are about 1/E, they are about 1."""
 
-    def forward(self, x, padding_mask=None):
+    def forward(self, x, padding_mask=None, token_ids=None):
         routing = super().forward(x, padding_mask)
         return replace(routing, expert_weights=self.n_experts * routing.expert_weights)
 

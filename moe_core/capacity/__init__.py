@@ -1,15 +1,5 @@
-"""Capacity: how many slots an expert may keep (formulas), who is turned away (policies), and what becomes of them (rule)."""
+"""Capacity: how many slots an expert may keep, who is turned away, and what becomes of them."""
 
 from .formulas import FORMULAS, expert_capacity
 from .policies import DROP_POLICIES, queue_places
 from .rule import OVERFLOWS, CapacityRule, apply
-
-__all__ = [
-    "DROP_POLICIES",
-    "FORMULAS",
-    "OVERFLOWS",
-    "CapacityRule",
-    "apply",
-    "expert_capacity",
-    "queue_places",
-]

@@ -1,97 +1,87 @@
-"""How many places stand in front of each expert: the formulas by name, with the numbers of the libraries they come from."""
+"""How many places each expert has: the formulas by name, as the libraries compute them.
+
+Each takes T tokens, K, E and the capacity factor and returns C.
+"""
 
 import ctypes
 import math
 from collections.abc import Callable
 from fractions import Fraction
 
-import torch
-
 from ..validate import at_least, one_of, whole
 
 
-def exact(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    r""":math:`\lceil T K / E \cdot c_f \rceil`, with the decimal you write taken exactly: 100 slots at 1.1 are 110 places.
+def exact(n_tokens: int, top_k: int, n_experts: int, factor: float | tuple[int, int]) -> int:
+    r""":math:`\lceil T K / E \cdot c_f \rceil`, the decimal taken as you write it: 100 * 1.1 is 110.
 
     Source: Fedus et al. 2021 (arXiv 2101.03961), eq. 3, with K as in Megatron-LM.
     """
-    numerator, denominator = _as_written(factor)
+    numerator, denominator = factor if isinstance(factor, tuple) else as_written(factor)
     return -(-n_tokens * top_k * numerator // (n_experts * denominator))
 
 
-@torch.compiler.assume_constant_result
-def _as_written(factor: float) -> tuple[int, int]:
-    """The decimal as a fraction of whole numbers. A constant: torch.compile need not look inside."""
+def as_written(factor: float) -> tuple[int, int]:
+    """The decimal as a fraction of whole numbers; where it is asked often, computed once."""
     return Fraction(str(factor)).as_integer_ratio()
 
 
 def megatron(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    """The same in floats, in which 100 * 1.1 is 110.00000000000001 and needs 111 places. Megatron-LM ``get_capacity``."""
+    """In floats, 100 * 1.1 is 110.00000000000001: 111 places. Megatron-LM ``get_capacity``."""
     return math.ceil(n_tokens * top_k / n_experts * factor)
 
 
 def deepspeed(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    """The same in float32 and never below 4. DeepSpeed ``sharded_moe._capacity``, ``min_capacity`` of its MoE layer."""
+    """In float32, at least 4. DeepSpeed ``sharded_moe._capacity`` and its ``min_capacity``."""
     return math.ceil(_float32(_float32(n_tokens / n_experts) * _float32(factor * top_k)))
 
 
 def tutel(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    r""":math:`K \lfloor c_f \lceil T/E \rceil \rfloor`: rounded per choice, not at the end. Tutel ``extract_critical``."""
+    r""":math:`K \lfloor c_f \lceil T/E \rceil \rfloor`: per choice. Tutel ``extract_critical``."""
     return top_k * int(factor * math.ceil(n_tokens / n_experts))
 
 
 def megablocks(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    r""":math:`\lfloor c_f K T / E \rfloor`, T over all ranks (T W in its code). MegaBlocks ``ParallelMLP.expert_capacity``."""
+    r""":math:`\lfloor c_f K T / E \rfloor`, T of all ranks. MegaBlocks ``expert_capacity``."""
     return int(factor * (top_k * n_tokens / n_experts))
 
 
 def fairscale(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    r""":math:`\lfloor 2T/E \rfloor`, whatever the factor and K (its gate is top-2 only). fairscale ``top2gating``."""
+    r""":math:`\lfloor 2T/E \rfloor`, whatever factor and K: top-2 only. fairscale ``top2gating``."""
     return 2 * n_tokens // n_experts
 
 
 def nanomoe(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    r""":math:`\lfloor c_f K T / E \rfloor`, made even by adding 1, at least 4. nanoMoE ``Router.get_capacity``."""
+    r""":math:`\lfloor c_f K T / E \rfloor`, made even, at least 4. nanoMoE ``get_capacity``."""
     places = math.floor(top_k * factor * n_tokens / n_experts)
     return places + places % 2
 
 
 def flaxformer(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    """round(c_f T / E) without K, halves to the even number, at least 4. flaxformer ``MoeLayer``, min_expert_capacity."""
+    """round(c_f T / E) without K, halves to even, at least 4. flaxformer ``MoeLayer``."""
     return round(factor * n_tokens / n_experts)
 
 
 def st_moe(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    r""":math:`\lfloor c_f T / E \rfloor` without K, at most T, at least 4. st-moe-pytorch ``TopNGating``, one group = one sequence."""
+    r""":math:`\lfloor c_f T / E \rfloor` without K, from 4 to T. st-moe-pytorch ``TopNGating``."""
     return min(n_tokens, int(n_tokens * factor / n_experts))
 
 
 def hf_switch(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    """64, whatever the shapes; transformers counts them per sequence, so use scope="sequence". ``SwitchTransformersConfig``."""
+    """64, whatever the shapes, of each sequence (scope="sequence"). ``SwitchTransformersConfig``."""
     return 64
 
 
-Formula = Callable[[int, int, int, float], int]
-FORMULAS: dict[str, Formula] = {
+FORMULAS: dict[str, Callable[[int, int, int, float], int]] = {
     formula.__name__: formula
     for formula in (
-        exact,
-        megatron,
-        deepspeed,
-        tutel,
-        megablocks,
-        fairscale,
-        nanomoe,
-        flaxformer,
-        st_moe,
-        hf_switch,
+        *(exact, megatron, deepspeed, tutel, megablocks),
+        *(fairscale, nanomoe, flaxformer, st_moe, hf_switch),
     )
 }
 # What the library never goes below unless told otherwise.
-FLOORS = {name: 0 for name in FORMULAS} | dict.fromkeys(
-    ("deepspeed", "nanomoe", "flaxformer", "st_moe"), 4
-)
-# Libraries in which factor 0 asks for as many places as the most loaded expert needs, so that nobody is dropped.
+FLOORS = dict.fromkeys(FORMULAS, 0) | dict.fromkeys(("deepspeed", "nanomoe", "flaxformer"), 4)
+FLOORS["st_moe"] = 4
+# Here factor 0 asks for as many places as the busiest expert needs, so that nobody is dropped.
 ZERO_MEANS_LARGEST_LOAD = ("tutel", "megablocks")
 
 
@@ -105,7 +95,7 @@ def expert_capacity(
     min_capacity: int | None = None,
     largest_load: int | None = None,
 ) -> int:
-    r"""The number of places in front of each expert.
+    r"""C, the number of places of each expert.
 
     .. math:: C = \Big\lceil \frac{T K}{E}\, c_f \Big\rceil \quad \text{(the formula "exact")}
 
@@ -114,12 +104,11 @@ def expert_capacity(
         top_k, n_experts: K and E.
         capacity_factor: c_f; at 1 there are as many places as slots.
         formula: a name in ``FORMULAS``: they disagree by rounding, by K, and by a floor.
-        min_capacity: never fewer places than this; None takes the library's own floor (``FLOORS``).
-        largest_load: the slots of the most loaded expert, for formulas in which capacity_factor=0 means "as many as needed".
+        min_capacity: never fewer places than this; None takes the library's own floor.
+        largest_load: the slots of the busiest expert, where capacity_factor=0 means as many.
 
     Raises:
-        ValueError: a count is not a whole number, capacity_factor is negative or not finite, the formula is unknown, or it
-            needs largest_load and none is given.
+        ValueError: a number is out of range, the formula is unknown, or largest_load is missing.
     """
     whole(0, n_tokens=n_tokens)
     whole(1, top_k=top_k, n_experts=n_experts)
@@ -130,7 +119,8 @@ def expert_capacity(
     if needs_largest_load(formula, capacity_factor):
         if largest_load is None:
             raise ValueError(
-                f"capacity_factor=0 means the largest load with formula={formula!r}: give largest_load"
+                f"capacity_factor=0 means the largest load with formula={formula!r}: "
+                "give largest_load"
             )
         whole(0, largest_load=largest_load)
         return max(largest_load, floor)

@@ -1,6 +1,6 @@
-"""Who is turned away when an expert is full: each policy is the order in which slots join the queues.
+"""Who is turned away when an expert is full: a policy is the order in which slots join the queues.
 
-Whatever the order, the first C of each queue stay, so every policy drops equally many slots; they differ in whom.
+The first C of each queue stay, so every policy drops equally many; they differ in whom.
 """
 
 from collections.abc import Callable
@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
-from ..validate import one_of
 
 
 def position(routing: Routing) -> Tensor:
-    """First come, first served: token after token in the order of the batch and, within a token, slot after slot.
+    """Token after token in the order of the batch and, within a token, slot after slot.
 
     A slot's fate depends only on slots before it.
     """
@@ -23,24 +22,24 @@ def position(routing: Routing) -> Tensor:
 def slot_position(routing: Routing) -> Tensor:
     """All first choices in the order of the batch, then all second choices, and so on.
 
-    A token's second choice may lose its place to the first choice of a later token. Source: Lepikhin et al. 2020 (GShard,
-    arXiv 2006.16668), algorithm 1.
+    A second choice may lose its place to the first choice of a later token.
+    Source: Lepikhin et al. 2020 (GShard, arXiv 2006.16668), algorithm 1.
     """
-    return position(routing).view(-1, routing.top_k).T.flatten()
+    return position(routing).view(-1, routing.expert_indices.shape[-1]).T.flatten()
 
 
 def score(routing: Routing) -> Tensor:
-    """The highest combine weight first; ties in the order of the batch. Looks at tokens that come later.
+    """The highest combine weight first; ties in the order of the batch. Looks at later tokens.
 
-    Only slots that queue are compared with each other, so the sign of the weights does not matter. With one renormalised
-    expert per token all weights are 1, and position decides. Source: "probs" in
-    Megatron-LM and DeepSpeed; Riquelme et al. 2021 (V-MoE, arXiv 2106.05974), section 4, rank whole tokens so.
+    Only slots that queue are compared, so the sign of the weights does not matter. With one
+    renormalised expert per token all weights are 1, and position decides.
+    Source: "probs" in Megatron-LM and DeepSpeed; V-MoE (arXiv 2106.05974), section 4, ranks tokens.
     """
     return torch.argsort(routing.expert_weights.detach().flatten(), descending=True, stable=True)
 
 
 def random(routing: Routing) -> Tensor:
-    """An order drawn from torch's default generator; for training (``CapacityRule`` uses "position" in eval)."""
+    """An order drawn from torch's default generator; for training."""
     return torch.randperm(routing.expert_indices.numel(), device=routing.expert_indices.device)
 
 
@@ -52,31 +51,22 @@ DROP_POLICIES: dict[str, Callable[[Routing], Tensor]] = {
 def queue_places(routing: Routing, drop_policy: str = "position", scope: str = "batch") -> Tensor:
     """(B, N, K) int64: how many kept slots stand before this one in its expert's queue.
 
-    A stable sort by expert lines the queues up one after the other; the place is the distance to the queue's start.
-    It needs (T*K,) memory, where the one-hot running count of the textbooks needs (T*K, E).
+    A stable sort by expert lines the queues up one after the other; the place is the distance to
+    the queue's start. That needs (T*K,) memory, the textbooks' one-hot running count (T*K, E).
 
     Args:
         routing: slots that are not kept do not queue.
         drop_policy: a name in ``DROP_POLICIES``.
         scope: "batch": one queue per expert; "sequence": one per expert and sequence.
-
-    Raises:
-        ValueError: drop_policy or scope is unknown.
     """
-    one_of(DROP_POLICIES, drop_policy=drop_policy)
-    one_of(("batch", "sequence"), scope=scope)
-    B, E, mask = len(routing.expert_indices), routing.n_experts, routing.capacity_mask
-    queue_BNK = torch.where(
-        mask, routing.expert_indices, E
-    )  # slots already out wait in a queue of their own
+    B, E, mask = len(routing.expert_indices), routing.scores.shape[-1], routing.capacity_mask
+    queue_BNK = torch.where(mask, routing.expert_indices, E)  # slots already out have their own
     if scope == "sequence":
         queue_BNK = queue_BNK + (E + 1) * torch.arange(B, device=mask.device).view(B, 1, 1)
     queue, joins = queue_BNK.flatten(), DROP_POLICIES[drop_policy](routing)
     lined_up = joins[torch.argsort(queue[joins], stable=True)]
-    n_queues = (E + 1) * (B if scope == "sequence" else 1)
-    length = torch.zeros(n_queues, dtype=torch.int64, device=mask.device).scatter_add_(
-        0, queue, torch.ones_like(queue)
-    )
+    length = queue.new_zeros((E + 1) * (B if scope == "sequence" else 1))
+    length.scatter_add_(0, queue, torch.ones_like(queue))
     start = length.cumsum(0) - length
     place = torch.empty_like(queue)
     place[lined_up] = torch.arange(len(queue), device=mask.device) - start[queue[lined_up]]

@@ -1,7 +1,8 @@
-"""What stands between an expert's two matrices: an activation, gated or not, clamped or not, and its derivative."""
+"""What stands between an expert's two matrices: an activation, gated or not, clamped or not."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,7 @@ def _quick_gelu_pullback(grad: Tensor, h: Tensor) -> Tensor:
     return grad * share * (1 + 1.702 * h * (1 - share))
 
 
-PULLBACKS: dict[
-    str, Callable[[Tensor, Tensor], Tensor]
-] = {  # (gradient of act(h), h) -> gradient of h
+PULLBACKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # (d act(h), h) -> d h
     "silu": torch.ops.aten.silu_backward,
     "gelu": torch.ops.aten.gelu_backward,
     "relu": lambda grad, h: grad * (h > 0),
@@ -38,11 +37,12 @@ PULLBACKS: dict[
 class Activation:
     r"""From what the first matrix gives to what the second one takes.
 
-    .. math:: \mathrm{act}(h) \quad\text{or, gated,}\quad \mathrm{act}(\min(g, L)) \odot (\mathrm{clip}(u, -L, L) + o)
+    .. math:: \mathrm{act}(h) \quad\text{or, gated,}\quad
+        \mathrm{act}(\min(g, L)) \odot (\mathrm{clip}(u, -L, L) + o)
 
     Attributes:
         name: one of ``ACTIVATIONS``.
-        glu: gated: the input is [g; u], twice as wide as the output (Shazeer 2020, arXiv 2002.05202).
+        glu: gated: the input is [g; u], twice as wide as the output (Shazeer 2020, 2002.05202).
         limit: L, or None for no clamp; only with glu. gpt-oss and DeepSeek-V4.
         up_offset: o; only with glu. 1 in gpt-oss.
 
@@ -63,26 +63,34 @@ class Activation:
         at_least(float("-1e30"), up_offset=self.up_offset)
         if not self.glu and (self.limit is not None or self.up_offset):
             raise ValueError(
-                f"glu_limit={self.limit!r} and up_offset={self.up_offset!r} must be None and 0 without glu"
+                f"glu_limit={self.limit!r} and up_offset={self.up_offset!r} must be None and 0 "
+                "without glu"
             )
+
+    @classmethod
+    @cache
+    def known(cls, name: str, glu: bool, limit: float | None, up_offset: float) -> "Activation":
+        """The one with these attributes, checked the first time only."""
+        return cls(name, glu, limit, up_offset)
 
     def __call__(self, projected: Tensor) -> Tensor:
         """(..., 2F), or (..., F) without glu, to (..., F)."""
+        act = ACTIVATIONS[self.name]
         if not self.glu:
-            return ACTIVATIONS[self.name](projected)
+            return act(projected)
         gate, up = self._clamped(projected)
-        return ACTIVATIONS[self.name](gate) * (up + self.up_offset if self.up_offset else up)
+        return act(gate) * (up + self.up_offset if self.up_offset else up)
 
     def pullback(self, grad: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of ``projected`` (rows, 2F) from that of the output (rows, F), and the output itself. Overwrites ``grad``.
+        """The gradient of ``projected`` (rows, 2F) from the output's (rows, F), and the output.
 
-        Some rows at a time: what lies between then takes little memory and stays in the cache, yet is large enough for several threads.
+        Overwrites ``grad``. Some rows at a time: what lies between stays in the cache, and there is
+        still enough of it for several threads.
         """
         grad_projected, output = torch.empty_like(projected), torch.empty_like(grad)
-        rows_at_once = max(1, 2**17 // grad.shape[-1])
-        for rows in zip(
-            *(tensor.split(rows_at_once) for tensor in (grad, projected, grad_projected, output))
-        ):
+        n_rows = max(1, 2**17 // grad.shape[-1])
+        parts = (tensor.split(n_rows) for tensor in (grad, projected, grad_projected, output))
+        for rows in zip(*parts):
             self._pullback(*rows)
         return grad_projected, output
 

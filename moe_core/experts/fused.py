@@ -1,10 +1,11 @@
-"""The bank of experts as one operation: expert after expert, on any device and dtype, made for a processor's caches.
+"""The bank of experts as one operation, made for a processor's caches; on any device and dtype.
 
-What it does differently from a loop of ordinary operations (what each is worth: ``python -m moe_core.bench layer``):
+What it does differently from a loop (what each is worth: ``python -m moe_tools.bench layer``):
 
-- One expert at a time goes through both products, so that what lies between them is still in the cache.
-- Only the first product is kept for the backward pass; the activation is computed again. Every gradient is written where it belongs, once.
-- Where an expert has few rows, reading its weight is what takes the time: then W x^T, and not x W^T, lets it stream.
+- One expert at a time goes through both products: what lies between is still in the cache.
+- Only the first product is kept for the backward pass; the activation is computed again. Every
+  gradient is written where it belongs, once.
+- Where an expert has few rows, reading its weight takes the time: W x^T, not x W^T, streams it.
 
 torch.compile sees one opaque operation, so reading the counts inside it breaks no graph.
 """
@@ -17,6 +18,19 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .activations import Activation
 
+# torch.library.custom_op would do the same, and load torch._dynamo (3 s) with the first call.
+_LIBRARY = torch.library.Library("moe_core", "DEF")
+_BANK = "Tensor rows, Tensor counts, Tensor gate_up, Tensor down"
+_ACTIVATION = "str name, bool glu, float? limit, float up_offset"
+_LIBRARY.define(
+    f"experts({_BANK}, Tensor? gate_up_bias, Tensor? down_bias, Tensor? keep, {_ACTIVATION}) "
+    "-> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    f"experts_backward(Tensor grad, Tensor projected, {_BANK}, Tensor? keep, bool bias, "
+    f"{_ACTIVATION}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+
 
 def fused(
     rows_AD: Tensor,
@@ -28,29 +42,16 @@ def fused(
     keep_AF: Tensor | None,
     activation: Activation,
 ) -> Tensor:
-    """Rows (A, D) sorted by expert, counts (E,) int64 -> (A, D). The other arguments as in ``backends``."""
-    act = (activation.name, activation.glu, activation.limit, activation.up_offset)
-    return _forward(
-        rows_AD, counts_E, gate_up_proj, down_proj, gate_up_bias, down_bias, keep_AF, *act
-    )[0]
+    """Rows (A, D) sorted by expert, counts (E,) -> (A, D). The others as in ``backends``."""
+    weights = gate_up_proj, down_proj, gate_up_bias, down_bias
+    act = activation.name, activation.glu, activation.limit, activation.up_offset
+    return torch.ops.moe_core.experts(rows_AD, counts_E, *weights, keep_AF, *act)[0]
 
 
-@torch.library.custom_op("moe_core::experts", mutates_args=())
-def _forward(
-    rows_AD: Tensor,
-    counts_E: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    keep_AF: Tensor | None,
-    name: str,
-    glu: bool,
-    limit: float | None,
-    up_offset: float,
-) -> tuple[Tensor, Tensor]:
-    activation = Activation(name, glu, limit, up_offset)
-    out_AD, projected_AH = _like(rows_AD), rows_AD.new_empty(len(rows_AD), gate_up_proj.shape[1])
+def _forward(rows_AD, counts_E, gate_up_proj, down_proj, gate_up_bias, down_bias, keep_AF, *act):
+    activation = Activation.known(*act)
+    out_AD = _like(rows_AD)
+    projected_AH = rows_AD.new_empty(len(rows_AD), gate_up_proj.shape[1])  # H is 2F, or F
     for e, group in _groups(counts_E):
         _project(rows_AD[group], gate_up_proj[e], gate_up_bias, e, out=projected_AH[group])
         hidden_nF = activation(projected_AH[group])
@@ -60,30 +61,12 @@ def _forward(
     return out_AD, projected_AH
 
 
-@_forward.register_fake
-def _(rows_AD, counts_E, gate_up_proj, *rest):
-    return _like(rows_AD), rows_AD.new_empty(len(rows_AD), gate_up_proj.shape[1])
-
-
-@torch.library.custom_op("moe_core::experts_backward", mutates_args=())
 def _backward(
-    grad_AD: Tensor,
-    projected_AH: Tensor,
-    rows_AD: Tensor,
-    counts_E: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    keep_AF: Tensor | None,
-    bias: bool,
-    name: str,
-    glu: bool,
-    limit: float | None,
-    up_offset: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    activation = Activation(name, glu, limit, up_offset)
-    grads = grad_rows_AD, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias = (
-        _gradients_like(rows_AD, gate_up_proj, down_proj, bias)
-    )
+    grad_AD, projected_AH, rows_AD, counts_E, gate_up_proj, down_proj, keep_AF, bias, *act
+):
+    activation = Activation.known(*act)
+    grads = _gradients_like(rows_AD, gate_up_proj, down_proj, bias)
+    grad_rows_AD, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias = grads
     for e, group in _groups(counts_E):
         grad_nD, grad_hidden_nF = grad_AD[group], grad_AD[group] @ down_proj[e]
         if keep_AF is not None:
@@ -99,22 +82,11 @@ def _backward(
     return grads
 
 
-@_backward.register_fake
-def _(grad_AD, projected_AH, rows_AD, counts_E, gate_up_proj, down_proj, keep_AF, bias, *act):
-    return _gradients_like(rows_AD, gate_up_proj, down_proj, bias)
-
-
-def _gradients_like(
-    rows_AD: Tensor, gate_up_proj: Tensor, down_proj: Tensor, bias: bool
-) -> tuple[Tensor, ...]:
+def _gradients_like(rows_AD, gate_up_proj, down_proj, bias: bool) -> tuple[Tensor, ...]:
     E, width, D = gate_up_proj.shape
     biases = (E, width if bias else 0), (E, D if bias else 0)
-    return (
-        _like(rows_AD),
-        _like(gate_up_proj),
-        _like(down_proj),
-        *(rows_AD.new_zeros(shape) for shape in biases),
-    )
+    zeros = [rows_AD.new_zeros(shape) for shape in biases]
+    return _like(rows_AD), _like(gate_up_proj), _like(down_proj), *zeros
 
 
 def _like(x: Tensor) -> Tensor:
@@ -123,9 +95,7 @@ def _like(x: Tensor) -> Tensor:
 
 def _setup(ctx, inputs, output):
     rows_AD, counts_E, gate_up_proj, down_proj, gate_up_bias, _, keep_AF, *ctx.activation = inputs
-    ctx.set_materialize_grads(
-        False
-    )  # else a table of zeros is made as the gradient of what was kept
+    ctx.set_materialize_grads(False)  # else zeros are made as the gradient of what was kept
     ctx.save_for_backward(output[1], rows_AD, counts_E, gate_up_proj, down_proj, keep_AF)
     ctx.bias = gate_up_bias is not None
 
@@ -133,24 +103,9 @@ def _setup(ctx, inputs, output):
 def _autograd(ctx, grad_AD, _grad_projected):
     if grad_AD is None:
         return (None,) * 11
-    rows, gate_up, down, *biases = _backward(
-        grad_AD.contiguous(), *ctx.saved_tensors, ctx.bias, *ctx.activation
-    )
-    return (
-        rows,
-        None,
-        gate_up,
-        down,
-        *(biases if ctx.bias else (None, None)),
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
-
-
-_forward.register_autograd(_autograd, setup_context=_setup)
+    inputs = grad_AD.contiguous(), *ctx.saved_tensors, ctx.bias, *ctx.activation
+    rows, gate_up, down, *biases = torch.ops.moe_core.experts_backward(*inputs)
+    return rows, None, gate_up, down, *(biases if ctx.bias else (None, None)), *(None,) * 5
 
 
 def _groups(counts_E: Tensor) -> Iterator[tuple[int, slice]]:
@@ -161,27 +116,37 @@ def _groups(counts_E: Tensor) -> Iterator[tuple[int, slice]]:
         start += count
 
 
-def _project(
-    rows_nI: Tensor, weight_OI: Tensor, bias_EO: Tensor | None, e: int, out: Tensor
-) -> None:
+def _project(rows_nI: Tensor, weight_OI: Tensor, bias_EO: Tensor | None, e: int, out: Tensor):
     """x W^T (+ b) into ``out`` (n, O)."""
     n = len(rows_nI)
-    if (
-        n * n * 64 > weight_OI.numel()
-    ):  # measured: from here on the copy below costs more than it saves
+    if n * n * 64 > weight_OI.numel():  # measured: from here on the copy costs more than it saves
         torch.mm(rows_nI, weight_OI.t(), out=out)
-    elif (
-        n > 0
-    ):  # one row would take the road of a matrix-vector product, three times slower than two rows
+    elif n > 0:
+        # One row would become a matrix-vector product, three times slower than two rows.
         columns_In = rows_nI.t() if n > 1 else rows_nI.expand(2, -1).contiguous().t()
         out.copy_(torch.mm(weight_OI, columns_In)[:, :n].t())
     if bias_EO is not None:
         out += bias_EO[e]
 
 
+_LIBRARY.impl("experts", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("experts_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_autograd("moe_core::experts", _autograd, setup_context=_setup, lib=_LIBRARY)
+
+
+@torch.library.register_fake("moe_core::experts", lib=_LIBRARY)
+def _(rows_AD, counts_E, gate_up_proj, *rest):
+    return _like(rows_AD), rows_AD.new_empty(len(rows_AD), gate_up_proj.shape[1])
+
+
+@torch.library.register_fake("moe_core::experts_backward", lib=_LIBRARY)
+def _(grad_AD, projected_AH, rows_AD, counts_E, gate_up_proj, down_proj, keep_AF, bias, *act):
+    return _gradients_like(rows_AD, gate_up_proj, down_proj, bias)
+
+
+# Shapes in, what FlopCounterMode adds up out: two for each multiplication of the two products.
 @register_flop_formula(torch.ops.moe_core.experts)
 def _(rows, counts, gate_up, down, *rest, out_shape=None, **kwargs) -> int:
-    """Shapes in, what FlopCounterMode adds up out: two for each multiplication of the two products."""
     return 2 * rows[0] * (gate_up[1] * gate_up[2] + down[1] * down[2])
 
 

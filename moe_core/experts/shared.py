@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..routing import Routing
 from ..validate import boolean, one_of, whole
 from .bank import FeedForward
 
@@ -10,7 +11,7 @@ COMBINE = ("sum", "mean")
 
 
 class SharedExperts(FeedForward):
-    r"""n experts that every token visits, as one MLP of width n * F: that is the same as the sum of n MLPs of width F.
+    r"""n experts that every token visits, as one MLP of width n * F: the sum of n of width F.
 
     .. math:: [\sigma(w \cdot x)] \; \frac{1}{n \text{ or } 1} \sum_{i=1}^{n} f_i(x)
 
@@ -22,7 +23,7 @@ class SharedExperts(FeedForward):
         options: those of ``FeedForward``.
 
     Raises:
-        ValueError: n_shared_experts is not a positive whole number, or an option is out of its range.
+        ValueError: an argument is out of its range.
     """
 
     def __init__(
@@ -42,9 +43,16 @@ class SharedExperts(FeedForward):
         self.n_shared_experts, self.combine = n_shared_experts, combine
         self.gate = nn.Linear(d_model, 1, bias=False) if gated else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        """(..., D) -> (..., D).
+
+        With a routing whose overflow is "shared" it stands in for the experts that were full, too.
+        """
         y = super().forward(x)
         if self.combine == "mean":
             y = y / self.n_shared_experts
-        return y if self.gate is None else torch.sigmoid(self.gate(x)) * y
+        if self.gate is not None:
+            y = torch.sigmoid(self.gate(x)) * y
+        if routing is not None and routing.overflow == "shared":
+            y = y + (routing.overflow_weight.unsqueeze(-1) * y).to(y.dtype)
+        return y

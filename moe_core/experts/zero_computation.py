@@ -1,52 +1,30 @@
-"""What the experts without a matmul compute, and the part of a routing that is left for those with one."""
+"""What the experts without a matmul compute."""
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ..autocast import no_autocast
-from ..routing import DropReason, Routing
+from ..routing import Routing
 from ..validate import whole
 
 
-def ffn_routing(routing: Routing, n_experts: int) -> Routing:
-    """The routing as the first ``n_experts`` experts see it: slots that go elsewhere are not selected.
-
-    It has no losses of its own and promises neither normalised weights nor a known number of rows: how many slots are left
-    depends on the tokens, so that a GPU has to be waited for.
-    """
-    elsewhere_BNK = routing.expert_indices >= n_experts
-    return replace(
-        routing,
-        expert_indices=routing.expert_indices.masked_fill(elsewhere_BNK, 0),
-        capacity_mask=routing.capacity_mask & ~elsewhere_BNK,
-        drop_reason=routing.drop_reason.masked_fill(
-            elsewhere_BNK & routing.selected_mask, DropReason.NOT_SELECTED.value
-        ),
-        logits=routing.logits[..., :n_experts],
-        scores=routing.scores[..., :n_experts],
-        losses={},
-        normalized=False,
-        dropless=False,
-    )
-
-
 class ZeroComputationExperts(nn.Module):
-    r"""Zero, copy and constant experts; they stand behind the E feed-forward experts of a routing, in this order.
+    r"""Zero, copy and constant experts; they stand behind a routing's E others, in this order.
 
-    .. math:: f_{zero}(x) = 0, \quad f_{copy}(x) = x, \quad f_{constant}(x) = \alpha_1 x + \alpha_2 v, \quad
-        \alpha = \mathrm{softmax}(W x)
+    .. math:: f_{zero}(x) = 0, \quad f_{copy}(x) = x,
+        \quad f_{constant}(x) = \alpha_1 x + \alpha_2 v, \quad \alpha = \mathrm{softmax}(W x)
 
-    Nothing is dispatched: what a token gets is a sum over Z terms, each a multiple of x or of a learned vector.
+    Nothing is dispatched: a token gets a sum of multiples of x and of learned vectors.
 
     Args:
         d_model: D.
         n_zero_experts, n_copy_experts, n_constant_experts: how many of each, together Z.
 
     Attributes:
-        mix_weight: W of every constant expert, (n_constant, 2, D). constants: v, (n_constant, D).
+        mix_weight: W of every constant expert, (n_constant, 2, D).
+        constants: v, (n_constant, D).
 
     Raises:
         ValueError: a number is not a whole one, or negative.
@@ -59,12 +37,8 @@ class ZeroComputationExperts(nn.Module):
     ):
         super().__init__()
         whole(1, d_model=d_model)
-        whole(
-            0,
-            n_zero_experts=n_zero_experts,
-            n_copy_experts=n_copy_experts,
-            n_constant_experts=n_constant_experts,
-        )
+        whole(0, n_zero_experts=n_zero_experts, n_copy_experts=n_copy_experts)
+        whole(0, n_constant_experts=n_constant_experts)
         self.d_model, self.kinds = d_model, (n_zero_experts, n_copy_experts, n_constant_experts)
         self.mix_weight = nn.Parameter(torch.empty(n_constant_experts, 2, d_model))
         self.constants = nn.Parameter(torch.empty(n_constant_experts, d_model))
@@ -89,15 +63,15 @@ class ZeroComputationExperts(nn.Module):
             ValueError: x and routing do not belong together.
         """
         n_ffn = routing.n_experts - sum(self.kinds)
-        if x.shape != (*routing.expert_indices.shape[:2], self.d_model) or n_ffn < 0:
+        tokens = tuple(routing.expert_indices.shape[:2])
+        if x.shape != (*tokens, self.d_model) or n_ffn < 0:
             raise ValueError(
-                f"x {tuple(x.shape)} and a routing of {tuple(routing.expert_indices.shape[:2])} tokens to {routing.n_experts} "
-                f"experts do not fit d_model={self.d_model} and {sum(self.kinds)} experts without computation"
+                f"x {tuple(x.shape)} and a routing of {tokens} tokens to {routing.n_experts} "
+                f"experts do not fit d_model={self.d_model} and {sum(self.kinds)} experts "
+                "without computation"
             )
         weights_BNK = routing.expert_weights.masked_fill(~routing.capacity_mask, 0)
-        weights_BNE = torch.zeros_like(routing.scores).scatter_add(
-            -1, routing.expert_indices, weights_BNK
-        )
+        weights_BNE = routing.by_expert(weights_BNK)
         _ffn, _zero, copy_BNZ, constant_BNZ = weights_BNE.split([n_ffn, *self.kinds], dim=-1)
         with no_autocast(x):
             x_BND = x.to(weights_BNK.dtype)

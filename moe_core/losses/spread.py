@@ -1,6 +1,5 @@
 """Losses on how unequal the experts are: the squared coefficient of variation (Shazeer et al. 2017)."""
 
-import torch
 from torch import Tensor
 
 from ..routing import Routing
@@ -57,10 +56,6 @@ def load(routing: Routing, probability_BNE: Tensor) -> Tensor:
 
 
 def weight_per_expert(routing: Routing) -> Tensor:
-    """(E,) sum of the weights of the slots that chose an expert, before capacity; carries gradient."""
-    weights_BNK = routing.expert_weights * routing.selected_mask
-    # One expert takes at most one slot of a token, so each entry of (B, N, E) is written once: the same bits on every device.
-    weights_BNE = torch.zeros_like(routing.scores).scatter_add(
-        -1, routing.expert_indices, weights_BNK
-    )
+    """(E,) the weights of the slots that chose an expert, before capacity; carries gradient."""
+    weights_BNE = routing.by_expert(routing.expert_weights * routing.selected_mask)
     return weights_BNE.sum((0, 1))

@@ -1,22 +1,6 @@
-"""Expert parallelism: experts spread over ranks, simulated in one process or real between processes."""
+"""Expert parallelism: experts spread over ranks, simulated in one process or real between many."""
 
 from .exchange import Exchange, SimulatedExchange, TorchExchange, Transfer
 from .expert_parallel import ExpertShard, run_rows
 from .placement import Placement, by_load, contiguous, round_robin
 from .simulate import Simulation, Traffic, simulate
-
-__all__ = [
-    "Exchange",
-    "ExpertShard",
-    "Placement",
-    "SimulatedExchange",
-    "Simulation",
-    "TorchExchange",
-    "Traffic",
-    "Transfer",
-    "by_load",
-    "contiguous",
-    "round_robin",
-    "run_rows",
-    "simulate",
-]

@@ -1,11 +1,11 @@
-"""Expert parallelism: the rows of every rank go to the ranks that hold their experts, through them, and back.
+"""Expert parallelism: the rows of every rank go to the ranks that hold their experts, and back.
 
-Written once over an ``Exchange``: lists have one entry for each rank that lives in this process. The steps are
+Written once over an ``Exchange``: lists have one entry for each rank that lives in this process.
 
-    rows sorted by expert -> sorted by owner -> [counts exchanged, read once] -> [rows exchanged], rank after rank
-    -> expert after expert -> through this rank's experts -> and all the way back
+    rows sorted by expert -> sorted by owner -> [counts exchanged, read once] -> [rows exchanged]
+    -> sorted by expert again -> through this rank's experts -> and all the way back
 
-Source: Lepikhin et al. 2020 (GShard, arXiv 2006.16668), section 3, for experts spread over devices with an all-to-all on both sides.
+Source: Lepikhin et al. 2020 (GShard, arXiv 2006.16668), section 3.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,31 +16,73 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .exchange import Exchange
-from .placement import Placement
+from .exchange import Exchange, TorchExchange
+from .placement import Placement, contiguous
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+# (rows (A, D) sorted by expert, counts (P,)) -> (A, D)
+RunRows = Callable[[Tensor, Tensor], Tensor]
+
 
 class ExpertShard(NamedTuple):
-    """One rank's part of the experts: who holds what, which rank this is, and how to reach the others (None: it cannot)."""
+    """One rank's part of the experts.
+
+    Attributes:
+        placement: who holds what.
+        rank: which rank this is.
+        exchange: how to reach the others; None: it cannot.
+    """
 
     placement: Placement
     rank: int
     exchange: Exchange | None = None
+
+    @classmethod
+    def of_this_process(cls, n_experts: int, ep_size: int) -> "ExpertShard":
+        """Experts in their order, over all processes of torch.distributed.
+
+        Raises:
+            ValueError: ep_size does not divide E, or is not the number of processes.
+            RuntimeError: torch.distributed is not initialised.
+        """
+        exchange, placement = TorchExchange(), contiguous(n_experts, ep_size)
+        if exchange.n_ranks != ep_size:
+            raise ValueError(
+                f"ep_size={ep_size} must be the number of processes, {exchange.n_ranks}, "
+                "where no shard says which of them"
+            )
+        return cls(placement, exchange.rank, exchange)
 
     @property
     def owned(self) -> tuple[int, ...]:
         """The experts of this rank, in the order of its bank."""
         return self.placement.experts_of_rank[self.rank]
 
+    def require(self, n_experts: int, ep_size: int) -> None:
+        """Raise ValueError unless the placement is of so many experts and ranks."""
+        R, E = self.placement.n_ranks, self.placement.n_experts
+        if (R, E) != (ep_size, n_experts):
+            raise ValueError(
+                f"ep_size={ep_size} and n_experts={n_experts} must be those of the shard's "
+                f"placement: {R} ranks, {E} experts"
+            )
 
-RunRows = Callable[
-    [Tensor, Tensor], Tensor
-]  # (rows (A, D) sorted by expert, counts (P,)) -> (A, D)
+    def run(self, bank: RunRows, rows_AD: Tensor, counts_E: Tensor) -> Tensor:
+        """``run_rows`` for this rank alone, whose experts are ``bank``.
+
+        Raises:
+            ValueError: there is no exchange.
+        """
+        if self.exchange is None:
+            raise ValueError(
+                "shard.exchange=None: these experts cannot be reached from other ranks; "
+                "see parallel.simulate"
+            )
+        [out_AD] = run_rows([rows_AD], [counts_E], [bank], self.exchange, self.placement)
+        return out_AD
 
 
-@torch.compiler.disable(reason="the host reads how many rows go where")
 def run_rows(
     rows: Sequence[Tensor],
     counts: Sequence[Tensor],
@@ -51,61 +93,64 @@ def run_rows(
     """Run rows through experts that live on other ranks.
 
     Args:
-        rows: for each rank here (A, D), sorted by expert. Rows beyond the sum of the counts stay at home and come back as zeros.
+        rows: for each rank here (A, D), sorted by expert. Rows beyond the sum of the counts stay at
+            home and come back as zeros.
         counts: for each rank here (E,) int64, its rows for each expert.
         experts: for each rank here what runs rows through its bank of P experts.
-        exchange, placement: R ranks both. With copies of an expert a rank's rows for it are dealt out to them in turn.
+        exchange, placement: R ranks both. Rows for an expert with copies are dealt out in turn.
 
     Returns:
-        For each rank here (A, D), in the order of ``rows``. The host reads the device once, for the numbers of rows.
+        For each rank here (A, D), in the order of ``rows``. The host reads the device once.
 
     Raises:
-        ValueError: the ranks' rows differ in width or dtype (raised on every rank), or numbers of ranks or experts do not fit.
+        ValueError: numbers of ranks or experts do not fit, or the ranks' rows differ in width or
+            dtype (then it is raised on every rank).
     """
     R, P = placement.n_ranks, placement.places_per_rank
     if exchange.n_ranks != R or any(len(counts_E) != placement.n_experts for counts_E in counts):
+        found = [len(counts_E) for counts_E in counts]
         raise ValueError(
-            f"{exchange.n_ranks} ranks and counts of {[len(c) for c in counts]} experts must fit the placement: "
+            f"{exchange.n_ranks} ranks and counts of {found} experts must fit the placement: "
             f"{R} ranks, {placement.n_experts} experts"
         )
+    # 1. Sort the rows by owner, and count what goes where.
     going = [
         _to_owners(counts_E, len(rows_AD), placement, rank)
         for rows_AD, counts_E, rank in zip(rows, counts, exchange.ranks)
     ]
-    # The counts, and what every rank must agree on: rows of one width and dtype. A mismatch is then seen by all, before rows move.
+
+    # 2. Tell each rank how many rows come, and what all must agree on: their width and dtype. A
+    #    mismatch is then seen by every rank, before rows move.
     notes = [
         torch.cat([counts_RP, counts_RP.new_tensor(_kind(rows_AD)).expand(R, 2)], 1)
         for (_, counts_RP), rows_AD in zip(going, rows)
     ]
-    each = [[1] * R] * len(rows)
-    notes_got = exchange.move(notes, each, each, what="counts")
-    read = torch.stack(
-        [torch.stack(pair) for pair in zip(notes, notes_got)]
-    ).tolist()  # the one host read
+    one_each = [[1] * R] * len(rows)
+    notes_got = exchange.move(notes, one_each, one_each, what="counts")
+    read = torch.stack([torch.stack(pair) for pair in zip(notes, notes_got)]).tolist()  # one read
     for rank, (mine, others) in zip(exchange.ranks, read):
         _agree(rank, mine[0][P:], [note[P:] for note in others])
     send = [[sum(note[:P]) for note in mine] for mine, _ in read]
     receive = [[sum(note[:P]) for note in others] for _, others in read]
 
+    # 3. Send the rows.
     leaving = [
         _permute(rows_AD[: sum(to)], order_A if order_A is None else order_A[: sum(to)])
         for rows_AD, (order_A, _), to in zip(rows, going, send)
     ]
     arrived = exchange.all_to_all(leaving, send, receive)
+
+    # 4. They came rank after rank: sort by expert, run, and sort back.
     outputs = []
     for run, rows_AD, note_RP in zip(experts, arrived, notes_got):
         counts_RP = note_RP[:, :P]
-        place_A = (
-            torch.arange(P, device=rows_AD.device)
-            .repeat(R)
-            .repeat_interleave(counts_RP.flatten(), output_size=len(rows_AD))
-        )
-        order_A = torch.argsort(
-            place_A, stable=True
-        )  # rank-major to expert-major: within an expert, rank after rank
-        outputs.append(
-            _permute(run(_permute(rows_AD, order_A), counts_RP.sum(0)), _inverse(order_A))
-        )
+        place_A = torch.arange(P, device=rows_AD.device).repeat(R)
+        place_A = place_A.repeat_interleave(counts_RP.flatten(), output_size=len(rows_AD))
+        order_A = torch.argsort(place_A, stable=True)  # within an expert, rank after rank
+        out_AD = run(_permute(rows_AD, order_A), counts_RP.sum(0))
+        outputs.append(_permute(out_AD, _inverse(order_A)))
+
+    # 5. And all the way home.
     returned = exchange.all_to_all(outputs, receive, send)
     home = [
         _permute(rows_AD, order_A if order_A is None else _inverse(order_A[: len(rows_AD)]))
@@ -119,15 +164,14 @@ def run_rows(
 def _to_owners(
     counts_E: Tensor, n_rows: int, placement: Placement, rank: int
 ) -> tuple[Tensor | None, Tensor]:
-    """The order (A,) that sorts rows by place (None: they are), and the rows (R, P) for each place of each rank."""
+    """The order (A,) that sorts rows by place (None: they are sorted), and the rows (R, P)."""
     R, P, E = placement.n_ranks, placement.places_per_rank, placement.n_experts
     if placement.in_order:
         return None, counts_E.view(R, P)
-    device, copies = counts_E.device, max(map(len, placement.places_of_expert))
-    table_EC = torch.tensor(
-        [(places * copies)[:copies] for places in placement.places_of_expert], device=device
-    )
-    copies_E = torch.tensor([*map(len, placement.places_of_expert)], device=device)
+    device, places = counts_E.device, placement.places_of_expert
+    most = max(map(len, places))
+    table_EC = torch.tensor([(of_e * most)[:most] for of_e in places], device=device)
+    copies_E = torch.tensor([len(of_e) for of_e in places], device=device)
     # Rows beyond the counts belong to no expert: they sort behind the last place.
     ends_E = counts_E.cumsum(0)
     row_A = torch.arange(n_rows, device=device)
@@ -135,12 +179,8 @@ def _to_owners(
     real_A, expert_A = expert_A < E, expert_A.clamp(max=E - 1)
     turn_A = (row_A - (ends_E - counts_E)[expert_A] + rank) % copies_E[expert_A]
     place_A = torch.where(real_A, table_EC[expert_A, turn_A], R * P)
-    counts_RP = (
-        counts_E.new_zeros(R * P + 1)
-        .scatter_add_(0, place_A, torch.ones_like(place_A))[:-1]
-        .view(R, P)
-    )
-    return torch.argsort(place_A, stable=True), counts_RP
+    counts_P = counts_E.new_zeros(R * P + 1).scatter_add_(0, place_A, torch.ones_like(place_A))
+    return torch.argsort(place_A, stable=True), counts_P[:-1].view(R, P)
 
 
 def _kind(rows_AD: Tensor) -> tuple[int, int]:
@@ -154,15 +194,15 @@ def _agree(rank: int, mine: list[int], others: list[list[int]]) -> None:
         if theirs != mine:
             (width, dtype), (their_width, their_dtype) = mine, theirs
             raise ValueError(
-                f"expert parallelism: rank {other} sends rows of {their_width} x {_DTYPES[their_dtype]}, but rank {rank} "
-                f"has rows of {width} x {_DTYPES[dtype]}; all ranks must have the same width and dtype"
+                f"expert parallelism: rank {other} sends rows of {their_width} x "
+                f"{_DTYPES[their_dtype]}, but rank {rank} has rows of {width} x {_DTYPES[dtype]}; "
+                "all ranks must have the same width and dtype"
             )
 
 
 def _inverse(order_A: Tensor) -> Tensor:
-    return torch.empty_like(order_A).scatter_(
-        0, order_A, torch.arange(len(order_A), device=order_A.device)
-    )
+    places_A = torch.arange(len(order_A), device=order_A.device)
+    return torch.empty_like(order_A).scatter_(0, order_A, places_A)
 
 
 def _permute(rows_AD: Tensor, order_A: Tensor | None) -> Tensor:
@@ -170,7 +210,10 @@ def _permute(rows_AD: Tensor, order_A: Tensor | None) -> Tensor:
 
 
 class _Permute(torch.autograd.Function):
-    """Each row has one place, so the way back is the inverse order; index_select's own backward would add, row after row."""
+    """Each row has one place, so the way back is the inverse order.
+
+    index_select's own backward would add, row after row.
+    """
 
     @staticmethod
     def forward(ctx, rows_AD: Tensor, order_A: Tensor) -> Tensor:

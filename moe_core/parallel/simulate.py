@@ -1,6 +1,7 @@
 """An MoE layer as R ranks would run it, in this process, and what they sent each other."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,7 +17,7 @@ class Traffic(NamedTuple):
     """What one layer's dispatch moved.
 
     Attributes:
-        rows_RR: (R, R) int64, the rows that rank s sent to rank r; what stays at home is the diagonal.
+        rows_RR: (R, R) int64, the rows from rank s to rank r; the diagonal stays at home.
         row_bytes: bytes of one row.
     """
 
@@ -25,7 +26,10 @@ class Traffic(NamedTuple):
 
     @property
     def bytes_RR(self) -> Tensor:
-        """(R, R) int64, bytes per link of the dispatch; combine sends the transpose. The diagonal is 0: it uses no link."""
+        """(R, R) int64, bytes per link of the dispatch; combine sends the transpose.
+
+        The diagonal is 0: it uses no link.
+        """
         return (self.rows_RR * self.row_bytes).fill_diagonal_(0)
 
     @property
@@ -35,12 +39,15 @@ class Traffic(NamedTuple):
 
     @property
     def straggler(self) -> int:
-        """The rank with most rows: all others wait for it."""
+        """The rank with most rows, which makes all others wait."""
         return int(self.rows_per_rank.argmax())
 
     @property
     def imbalance(self) -> float:
-        """The straggler's rows over the mean, 1 at perfect balance: by how much the experts' part of the step is longer. 1 without rows."""
+        """The straggler's rows over the mean: by how much the experts' part is longer.
+
+        1 at perfect balance, and without rows.
+        """
         rows_R = self.rows_per_rank.double()
         return float(rows_R.max() / rows_R.mean()) if rows_R.sum() else 1.0
 
@@ -62,35 +69,28 @@ def simulate(
 ) -> Simulation:
     """Run a whole layer as if its experts were spread over R ranks, each with tokens of its own.
 
-    Every rank routes its own tokens, so a capacity counts for each rank alone, as it does between real processes. Gradients reach
-    the parameters of ``moe`` as the sum over ranks. The path of the rows is the one of the real exchange.
+    Every rank routes its own tokens, so a capacity counts for each rank alone, as between real
+    processes. Gradients reach the parameters of ``moe`` as the sum over ranks.
 
     Args:
-        moe: a MixtureOfExperts; its experts all live here.
+        moe: a ``MixtureOfExperts`` whose experts all live here.
         xs: for each of R ranks its tokens (B, N, D); B and N may differ, and be 0.
         placement: who holds which expert; None for ``contiguous``.
-        exchange: a SimulatedExchange whose log is wanted (it then holds every transfer, of the backward pass too).
+        exchange: one whose log is wanted: it then holds every transfer, of the backward pass too.
 
     Raises:
         ValueError: R and the placement do not fit, or the router reads token ids.
     """
-    placement = placement or contiguous(moe.experts.n_experts, len(xs))
+    bank = moe.experts
+    placement = placement or contiguous(bank.n_experts, len(xs))
     exchange = exchange or SimulatedExchange(len(xs))
-    routings = [moe.route(x) for x in xs]
-    plans, rows = zip(
-        *(moe.experts.gather(x, moe.expert_routing(routing)) for x, routing in zip(xs, routings))
-    )
-    counts = [moe.expert_routing(routing).tokens_per_expert for routing in routings]
-    banks = [
-        lambda rows_AD, counts_P, owned=owned: moe.experts.run_rows(rows_AD, counts_P, owned=owned)
-        for owned in placement.experts_of_rank
-    ]
+    routings = [moe.router(x) for x in xs]
+    plans, rows = zip(*(bank.gather(x, routing) for x, routing in zip(xs, routings)))
+    runs = [partial(bank.run_rows, owned=owned) for owned in placement.experts_of_rank]
     before = len(exchange.transfers)
-    outs = run_rows(rows, counts, banks, exchange, placement)
+    outs = run_rows(rows, [plan.kept_E for plan in plans], runs, exchange, placement)
     outputs = [
-        moe.add_others(
-            moe.experts.combine(out_AD, x, plan, moe.expert_routing(routing)), x, routing
-        )
+        moe.add_others(bank.combine(out_AD, x, plan, routing), x, routing)
         for out_AD, x, plan, routing in zip(outs, xs, plans, routings)
     ]
     return Simulation(outputs, routings, _traffic(exchange.transfers[before:], xs[0]))
@@ -99,4 +99,5 @@ def simulate(
 def _traffic(transfers: Sequence[Transfer], x: Tensor) -> Traffic:
     dispatch = next(transfer for transfer in transfers if transfer.what == "rows")
     row_bytes = x.shape[-1] * x.element_size()
-    return Traffic(torch.div(dispatch.bytes_RR, row_bytes, rounding_mode="floor"), row_bytes)
+    rows_RR = torch.div(dispatch.bytes_RR, row_bytes, rounding_mode="floor")
+    return Traffic(rows_RR, row_bytes)

@@ -32,20 +32,4 @@ ROUTERS: dict[str, type[Router]] = {
     "zero_computation": ZeroComputationRouter,
 }
 
-__all__ = [
-    "ROUTERS",
-    "BalancedAssignmentRouter",
-    "ExpertChoiceRouter",
-    "ExpertThresholdRouter",
-    "GShardRouter",
-    "HashRouter",
-    "LossFreeRouter",
-    "NoisyTopKRouter",
-    "QuantileBalancingRouter",
-    "ReLURouter",
-    "Router",
-    "SinkhornRouter",
-    "SwitchRouter",
-    "TopKRouter",
-    "ZeroComputationRouter",
-]
+__all__ = ["ROUTERS", "Router", *sorted(cls.__name__ for cls in ROUTERS.values())]

@@ -1,28 +1,37 @@
-"""BalancedAssignmentRouter (BASE): the best assignment of tokens to experts in which every expert gets equally many."""
+"""BalancedAssignmentRouter (BASE): the best assignment that gives every expert equally many."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..routing import Routing
-from .base import Router
-from .expert_choice import count_real
+from .base import Router, RouterOptions, checked_padding_mask
 from .quantile_balancing import balancing_bias
 
 
+@dataclass(frozen=True)
+class BalancedAssignmentOptions(
+    RouterOptions, fixed=("capacity_factor", "aux_loss_weight", "top_k")
+):
+    """The arguments of ``BalancedAssignmentRouter``."""
+
+    top_k: int = 1
+
+
 class BalancedAssignmentRouter(Router):
-    r"""BASE layers: one expert per token; in training the assignment is a balanced one, solved exactly.
+    r"""BASE layers: one expert per token; in training a balanced assignment, solved exactly.
 
-    .. math:: \max_{a} \sum_t h_{t, a_t} \quad \text{s.t. every expert has the same number of tokens}, \qquad w_t = \sigma(h_{t, a_t})
+    .. math:: \max_{a} \sum_t h_{t, a_t} \quad
+              \text{s.t. every expert has the same number of tokens}, \qquad w_t = \sigma(h_{t, a_t})
 
-    With E a divisor of the number of real tokens every expert gets exactly T/E of them; otherwise at most T/E rounded up. The
-    published layer is y = w f(x) + (1 - w) x with an f that ends in its own residual, f(x) = x + g(x); that is x + w g(x), our
-    weight and the caller's residual connection.
+    Every expert gets T/E of the T real tokens; at most T/E rounded up where E does not divide T.
+    The published layer is y = w f(x) + (1 - w) x with an f that ends in its own residual,
+    f(x) = x + g(x); that is x + w g(x), our weight and the caller's residual connection.
 
-    In training a token's route depends on the whole batch, later tokens included. Eval takes each token's best expert: causal,
-    and not balanced. There is no loss and no capacity: the balance is exact.
-
-    Training waits for the device: the assignment is solved on the CPU, see ``balanced_assignment``. Weights start orthogonal,
-    with gain 0.1, as the published centroids do.
+    In training a token's route depends on the whole batch, later tokens included, and the
+    assignment is solved on the CPU, which synchronises. Eval takes each token's best expert:
+    causal, and not balanced. Weights start orthogonal, with gain 0.1, as the published centroids.
 
     Args:
         d_model, n_experts: D and E. K is 1.
@@ -31,54 +40,43 @@ class BalancedAssignmentRouter(Router):
     Raises:
         ValueError: an argument is out of range.
 
-    Source: Lewis et al. 2021 (arXiv 2103.16716), section 3, and its code in fairseq (an auction there, shortest paths here: the
-    same optimum). The shuffling of tokens across workers is not part of a router.
+    Source: Lewis et al. 2021 (arXiv 2103.16716), section 3, and its code in fairseq (an auction
+    there, shortest paths here: the same optimum), without shuffling tokens across workers.
     """
 
-    top_k = 1
-
+    Options = BalancedAssignmentOptions
     prescribes_start = True
 
-    def __init__(
-        self, d_model: int, n_experts: int, *, z_loss_weight: float = 0.0, jitter_noise: float = 0.0
-    ):
-        super().__init__(d_model, n_experts, z_loss_weight=z_loss_weight, jitter_noise=jitter_noise)
-
-    def reset_parameters(self) -> None:
+    def reset_weight(self) -> None:
         """Draw orthogonal rows of length 0.1."""
         nn.init.orthogonal_(self.weight, gain=0.1)
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
-        """Route tokens (B, N, D), one slot per token.
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids=None) -> Routing:
+        """Route tokens (B, N, D), one slot per token. See ``Router``.
 
         Raises:
-            ValueError: x or padding_mask has the wrong shape, or in training a logit is not finite.
+            ValueError: a shape does not fit, or in training a logit is not finite.
         """
         logits_BNE = self.logits(x)
         indices_BN = logits_BNE.argmax(-1)
         if self.training:
-            real_BN = count_real(x, padding_mask)
+            real_BN = checked_padding_mask(padding_mask, x)
             indices_BN[real_BN] = balanced_assignment(logits_BNE[real_BN]).to(x.device)
         scores_BNE, indices_BN1 = logits_BNE.sigmoid(), indices_BN.unsqueeze(-1)
-        return self.route(
-            indices_BN1,
-            scores_BNE.gather(-1, indices_BN1),
-            logits_BNE,
-            scores_BNE,
-            padding_mask=padding_mask,
-        )
+        weights_BN1 = scores_BNE.gather(-1, indices_BN1)
+        routing = self.routing(indices_BN1, weights_BN1, logits_BNE, scores_BNE, padding_mask)
+        return self.add_losses(routing)  # no capacity: the balance is exact
 
 
 @torch.no_grad()
 def balanced_assignment(scores_TE: Tensor) -> Tensor:
-    """The expert of each token, (T,) int64 on the CPU, for the largest sum of scores with at most ceil(T/E) tokens an expert.
+    """(T,) int64 on the CPU: the experts with the largest sum of scores, at most ceil(T/E) each.
 
-    Start with each token's best expert after a bias per expert that nearly balances them: optimal for the loads it happens
-    to give. Then, while an expert has too many tokens, move one along the cheapest chain of experts (token 1 from a to b, token 2
-    from b to c, ...) to an expert with room. The cheapest chain leaves the assignment optimal for its new loads, and one token less is
-    in the wrong place: it ends after at most T chains, with the optimum (in float64, ties aside).
-
-    Rows of zeros fill up to a multiple of E; they cost the same everywhere, so the room they take is the room left over.
+    Start with each token's best expert after a bias per expert that nearly balances them: optimal
+    for the loads it happens to give. Then, while an expert has too many tokens, move one along the
+    cheapest chain of experts (token 1 from a to b, token 2 from b to c, ...) to one with room. That
+    keeps the assignment optimal for its new loads with one token less in the wrong place: at most T
+    chains end with the optimum (in float64, ties aside).
 
     Raises:
         ValueError: a score is not finite.
@@ -90,19 +88,17 @@ def balanced_assignment(scores_TE: Tensor) -> Tensor:
     if not bool(scores_TE.isfinite().all()):
         raise ValueError("scores hold NaN or infinity")
     places = -(-T // E)
+    # Rows of zeros cost the same everywhere: they take the room that is left over.
     scores_RE = torch.cat([scores_TE, scores_TE.new_zeros(places * E - T, E)])
-    bias_E = scores_RE.new_zeros(E)
+    bias_E, all_R = scores_RE.new_zeros(E), torch.ones(len(scores_RE), dtype=torch.bool)
     if E > 1:
         for _ in range(20):
-            bias_E = balancing_bias(
-                scores_RE, torch.ones(len(scores_RE), dtype=torch.bool), 1, bias_E
-            )
+            bias_E = balancing_bias(scores_RE, all_R, 1, bias_E)
     expert_R = (scores_RE - bias_E).argmax(-1)
     load_E = torch.zeros(E, dtype=torch.int64).scatter_add_(0, expert_R, torch.ones_like(expert_R))
     while bool((load_E > places).any()):
-        loss_RE = (
-            scores_RE.gather(1, expert_R.unsqueeze(1)) - scores_RE
-        )  # of moving this token there
+        # What moving this token there would lose.
+        loss_RE = scores_RE.gather(1, expert_R.unsqueeze(1)) - scores_RE
         edge_EE = torch.full((E, E), torch.inf, dtype=torch.float64)
         edge_EE.scatter_reduce_(0, expert_R.unsqueeze(1).expand(-1, E), loss_RE, "amin")
         chain = cheapest_chain(edge_EE, load_E > places, load_E < places)
@@ -118,11 +114,13 @@ def balanced_assignment(scores_TE: Tensor) -> Tensor:
 
 
 def cheapest_chain(edge_EE: Tensor, start_E: Tensor, end_E: Tensor) -> list[int]:
-    """Bellman-Ford: the nodes of the cheapest path from any start to any end. Edges may be negative, circles may not."""
+    """Bellman-Ford: the nodes of the cheapest path from any start to any end.
+
+    Edges may be negative, circles may not.
+    """
     E = len(edge_EE)
-    rounding = 1e-12 * float(
-        edge_EE[edge_EE.isfinite()].abs().max().clamp(min=1)
-    )  # what is no cheaper but for it would run in circles
+    # Cheaper by no more than rounding is not cheaper, or the search would run in circles.
+    rounding = 1e-12 * float(edge_EE[edge_EE.isfinite()].abs().max().clamp(min=1))
     cost_E = torch.where(start_E, 0.0, torch.inf).double()
     came_from_E = torch.full((E,), -1)
     for _ in range(E - 1):
@@ -130,10 +128,8 @@ def cheapest_chain(edge_EE: Tensor, start_E: Tensor, end_E: Tensor) -> list[int]
         cheaper_E = through_E < cost_E - rounding
         if not bool(cheaper_E.any()):
             break
-        cost_E, came_from_E = (
-            torch.where(cheaper_E, through_E, cost_E),
-            torch.where(cheaper_E, via_E, came_from_E),
-        )
+        cost_E = torch.where(cheaper_E, through_E, cost_E)
+        came_from_E = torch.where(cheaper_E, via_E, came_from_E)
     chain = [int(torch.where(end_E, cost_E, torch.inf).argmin())]
     while int(came_from_E[chain[0]]) >= 0:
         chain.insert(0, int(came_from_E[chain[0]]))

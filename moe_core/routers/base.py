@@ -1,7 +1,18 @@
-"""What all routers share: a linear map from a token to one logit per expert, computed in float32, and the making of a Routing."""
+"""What all routers share: options, one logit per expert, and the making of a Routing.
 
+A router's forward says what it does in the order in which it does it:
+
+    logits_BNE = self.logits(x)                      # one linear map, in float32
+    indices_BNK, weights_BNK = ...                   # the idea of its paper
+    routing = self.routing(indices_BNK, weights_BNK, logits_BNE, scores_BNE, padding_mask)
+    routing = self.limit_capacity(routing)           # who finds room
+    return self.add_losses(routing)                  # balance, z, and its own
+"""
+
+import inspect
 import math
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -14,88 +25,144 @@ from ..routing import DropReason, Routing
 from ..validate import at_least, between, whole
 
 
+@dataclass(frozen=True)
+class RouterOptions:
+    """The arguments of a router, checked when they are given.
+
+    A subclass of a router has a subclass of these. ``fixed`` names inherited options that it does
+    not take: they keep the value that the class body or the parent gives them.
+    """
+
+    d_model: int
+    n_experts: int
+    _: KW_ONLY
+    capacity_factor: float | CapacityRule | None = None
+    aux_loss_weight: float = 0.0
+    z_loss_weight: float = 0.0
+    jitter_noise: float = 0.0
+
+    def __init_subclass__(cls, fixed: Sequence[str] = ()):
+        for name in fixed:
+            setattr(cls, name, field(default=getattr(cls, name), init=False))
+            cls.__annotations__.setdefault(name, object)
+
+    def __post_init__(self):
+        whole(1, d_model=self.d_model, n_experts=self.n_experts)
+        between(0.0, 1.0, jitter_noise=self.jitter_noise)
+        at_least(0, aux_loss_weight=self.aux_loss_weight, z_loss_weight=self.z_loss_weight)
+        CapacityRule.of(self.capacity_factor)
+
+    @property
+    def total_experts(self) -> int:
+        """The experts that a token may choose from."""
+        return self.n_experts
+
+
 class Router(nn.Module):
-    r"""What a router inherits: holds the weight, computes the logits, and turns choices into a checked-shape ``Routing``.
+    r"""What a router inherits.
 
     .. math:: h = x W_r^\top
 
-    A subclass writes ``forward(x, padding_mask=None)`` and ends with ``return self.route(...)``.
-
     Args:
         d_model, n_experts: D and E.
-        capacity_factor: places per slot at perfect balance, None means dropless; or a ``CapacityRule``, which says the rest
-            (a factor for eval, the formula, who is dropped, where the overflow goes).
-        aux_loss_weight, z_loss_weight: coefficients of ``balance_loss`` and of ``losses.z_loss``; 0 leaves a loss out.
-        jitter_noise: in training, x is first multiplied by noise uniform in [1 - jitter_noise, 1 + jitter_noise]; only the
-            router sees it. Fedus et al. 2021 (arXiv 2101.03961), section 2.2.
+        capacity_factor: places per slot at perfect balance, None for dropless; or a
+            ``CapacityRule``, which says the rest (a factor for eval, the formula, who is dropped).
+        aux_loss_weight, z_loss_weight: coefficients of ``balance_loss`` and of ``losses.z_loss``;
+            0 leaves a loss out.
+        jitter_noise: in training the router (and only it) sees x times noise uniform in
+            [1 - jitter_noise, 1 + jitter_noise]. Fedus et al. 2021 (arXiv 2101.03961), section 2.2.
 
     Attributes:
-        needs_token_ids: True where forward wants ``token_ids`` (B, N) as a third argument (hash routing).
-        prescribes_start: True where the paper says how the weights start (zero, orthogonal), so that a model leaves them alone.
+        options: the arguments; each is an attribute of the router, too.
+        selection_bias: (E,) what is added to the scores to select by and to nothing else, or None.
+        thresholds: (E,) what a logit is compared with to select, or None.
+        cheap_experts: how many zero, copy and constant experts stand behind the others, or None.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range. TypeError: there is no such argument.
     """
 
-    needs_token_ids = False
-    prescribes_start = False
+    Options = RouterOptions
+    top_k_is_a_mean = (
+        False  # True: a token may take any number of experts, ``expansion`` on average
+    )
+    prescribes_start = False  # True: the paper says how the weights start, so a model lets them be
+    selection_bias: Tensor | None = None
+    thresholds: Tensor | None = None
+    cheap_experts: tuple[int, int, int] | None = None
 
-    def __init__(
-        self,
-        d_model: int,
-        n_experts: int,
-        *,
-        capacity_factor: float | CapacityRule | None = None,
-        aux_loss_weight: float = 0.0,
-        z_loss_weight: float = 0.0,
-        jitter_noise: float = 0.0,
-    ):
+    def __init_subclass__(cls):
+        cls.__signature__ = inspect.signature(cls.Options)  # what help() and editors show
+
+    def __init__(self, *args, **options):
         super().__init__()
-        whole(1, d_model=d_model, n_experts=n_experts)
-        between(0.0, 1.0, jitter_noise=jitter_noise)
-        at_least(0, aux_loss_weight=aux_loss_weight, z_loss_weight=z_loss_weight)
-        self.capacity_rule = CapacityRule.of(capacity_factor)
-        self.d_model, self.n_experts, self.jitter_noise = d_model, n_experts, jitter_noise
-        self.aux_loss_weight, self.z_loss_weight = aux_loss_weight, z_loss_weight
-        self.weight = nn.Parameter(torch.empty(n_experts, d_model))
+        self.options = self.Options(*args, **options)
+        vars(self).update({f.name: getattr(self.options, f.name) for f in fields(self.options)})
+        self.n_experts = self.options.total_experts
+        self.capacity_rule = CapacityRule.of(self.capacity_factor)
+        self.weight = nn.Parameter(torch.empty(self.n_experts, self.d_model))
+        for name, value in self.initial_state().items():
+            vars(self).pop(name, None)  # an option may have the name: the buffer takes its place
+            self.register_buffer(name, value)
         self.reset_parameters()
 
+    def initial_state(self) -> dict[str, Tensor]:
+        """The buffers a router starts with; ``update`` and nothing else may change them."""
+        return {}
+
     def reset_parameters(self) -> None:
-        """Draw the weight as nn.Linear draws its own, uniform in +-1/sqrt(D); a bias, where a router has one, starts at zero."""
+        """Draw the weight as nn.Linear does, uniform in +-1/sqrt(D), and start the state again."""
+        self.reset_weight()
+        for name, value in self.initial_state().items():
+            getattr(self, name).copy_(value)
+
+    def reset_weight(self) -> None:
+        """Draw the weight; a router whose paper says how overrides this."""
         bound = 1 / math.sqrt(self.d_model)
-        if self.weight is not None:  # a hash router with nothing to learn has none
-            nn.init.uniform_(self.weight, -bound, bound)
-        for name in ("bias", "expert_bias"):
-            if getattr(self, name, None) is not None:
-                nn.init.zeros_(getattr(self, name))
+        nn.init.uniform_(self.weight, -bound, bound)
 
     def _apply(self, fn, recurse=True):
-        """Move or cast the module; the state of a router (its floating-point buffers) moves but stays float32 at least: a bias
+        """Move or cast the module. Floating-point state moves but stays float32 at least: a bias
         that changes by 0.001 a step would stand still in bfloat16."""
-        state = {
-            name: buffer
-            for name, buffer in self._buffers.items()
-            if buffer is not None and buffer.is_floating_point()
-        }
+        before = {name: b for name, b in self._buffers.items() if b.is_floating_point()}
         super()._apply(fn, recurse)
-        for name, buffer in state.items():
+        for name, buffer in before.items():
             cast = self._buffers[name]
             if cast.dtype.itemsize < buffer.dtype.itemsize:
-                self._buffers[name] = buffer.to(
-                    cast.device, torch.promote_types(cast.dtype, torch.float32)
-                )
+                dtype = torch.promote_types(cast.dtype, torch.float32)
+                self._buffers[name] = buffer.to(cast.device, dtype)
         return self
 
+    @property
+    def mean_top_k(self) -> float:
+        """K, or the mean number of experts per token where it may be any."""
+        return self.expansion if self.top_k_is_a_mean else self.top_k
+
+    def expected_share(self) -> Tensor:
+        """(E,) float64, sums to 1: the share of the slots that each expert is meant to get."""
+        return torch.full((self.n_experts,), 1 / self.n_experts, dtype=torch.float64)
+
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids=None) -> Routing:
+        """Route tokens.
+
+        Args:
+            x: (B, N, D).
+            padding_mask: (B, N) bool, True for real tokens; None when all are real. Padding takes
+                no place, counts in no loss, and its output is 0 if what stands there is finite.
+            token_ids: (B, N) integers, for routers that read them (hash routing).
+
+        Raises:
+            ValueError: a shape or dtype does not fit.
+        """
+        raise TypeError(f"{type(self).__name__} is what routers inherit: it does not route")
+
     def logits(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, E), in float32 at least, whatever the model's dtype: bf16 logits change which experts win.
+        """(B, N, D) -> (B, N, E), in float32 at least: bfloat16 logits change which experts win.
 
         Raises:
             ValueError: x is not (B, N, D).
         """
-        if x.ndim != 3 or x.shape[-1] != self.d_model:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, must be (B, N, d_model={self.d_model})"
-            )
+        self.require_tokens(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x):
             x = x.to(dtype)
@@ -103,43 +170,38 @@ class Router(nn.Module):
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             return F.linear(x, self.weight.to(dtype))
 
-    def route(
+    def require_tokens(self, x: Tensor) -> None:
+        """Raise ValueError unless x is (B, N, D)."""
+        if x.ndim != 3 or x.shape[-1] != self.d_model:
+            found = tuple(x.shape)
+            raise ValueError(f"x has shape {found}, must be (B, N, d_model={self.d_model})")
+
+    def routing(
         self,
         indices_BNK: Tensor,
         weights_BNK: Tensor,
         logits_BNE: Tensor,
         scores_BNE: Tensor,
-        *,
         padding_mask: Tensor | None = None,
+        *,
         selected_BNK: Tensor | None = None,
         normalized: bool = False,
-        apply_capacity: bool = True,
         weights_on: str = "output",
     ) -> Routing:
-        """Make the Routing: mark padding, drop what finds no room, add the common losses.
+        """The Routing of a choice, before any capacity: slots are kept unless they are padding.
 
         Args:
-            indices_BNK, weights_BNK: the expert of each slot and the weight of its output.
-            logits_BNE, scores_BNE: before and after the score function, without any selection bias.
-            padding_mask: (B, N) bool, True for real tokens. Padding takes no place, counts in no loss and gets output 0,
-                as long as what stands there is finite.
-            selected_BNK: (B, N, K) bool, for routers with K = E slots: False where the expert is not asked for.
-            normalized: the K weights of a token sum to 1.
-            apply_capacity: False where the router limits its experts in its own way.
-            weights_on: "output" or "input"; see ``Routing``.
+            selected_BNK: False where a token does not ask for this slot's expert (K = E slots).
 
-        Raises:
-            ValueError: padding_mask has the wrong shape or dtype.
+        The others are the fields of ``Routing``.
         """
         reason_BNK = torch.full_like(indices_BNK, DropReason.KEPT.value, dtype=torch.int8)
         if selected_BNK is not None:
             reason_BNK = reason_BNK.masked_fill(~selected_BNK, DropReason.NOT_SELECTED.value)
         if padding_mask is not None:
-            require_padding_mask(padding_mask, indices_BNK.shape[:2])
-            reason_BNK = reason_BNK.masked_fill(
-                ~padding_mask.unsqueeze(-1), DropReason.PADDING.value
-            )
-        routing = Routing(
+            padding_BN1 = ~checked_padding_mask(padding_mask, indices_BNK).unsqueeze(-1)
+            reason_BNK = reason_BNK.masked_fill(padding_BN1, DropReason.PADDING.value)
+        return Routing(
             expert_indices=indices_BNK,
             expert_weights=weights_BNK,
             capacity_mask=reason_BNK == DropReason.KEPT.value,
@@ -151,33 +213,49 @@ class Router(nn.Module):
             dropless=padding_mask is None and selected_BNK is None,
             weights_on=weights_on,
         )
-        if apply_capacity:
-            routing = self.capacity_rule.apply(routing, training=self.training)
-        if self.aux_loss_weight > 0:
-            routing = routing.with_losses(
-                load_balance=self.aux_loss_weight * self.balance_loss(routing)
-            )
-        if self.z_loss_weight > 0:
-            routing = routing.with_losses(z_loss=self.z_loss_weight * losses.z_loss(routing))
-        return routing
-
-    def balance_loss(self, routing: Routing) -> Tensor:
-        """What ``aux_loss_weight`` multiplies: ``losses.load_balance``, unless the router's paper has another."""
-        return losses.load_balance(routing)
 
     def every_expert(self, x: Tensor) -> Tensor:
         """(B, N, E) int64: slot e goes to expert e, for routers with K = E slots."""
         return torch.arange(self.n_experts, device=x.device).expand(*x.shape[:2], -1)
 
+    def limit_capacity(self, routing: Routing) -> Routing:
+        """Drop the slots for which ``capacity_rule`` leaves no room; all stay when dropless."""
+        if self.capacity_factor is None:
+            return routing
+        return self.capacity_rule.apply(routing, training=self.training)
+
+    def add_losses(self, routing: Routing) -> Routing:
+        """Add the losses whose coefficient is above 0."""
+        if self.aux_loss_weight > 0:
+            loss = self.aux_loss_weight * self.balance_loss(routing)
+            routing = routing.with_losses(load_balance=loss)
+        if self.z_loss_weight > 0:
+            routing = routing.with_losses(z_loss=self.z_loss_weight * losses.z_loss(routing))
+        return routing
+
+    def balance_loss(self, routing: Routing) -> Tensor:
+        """``losses.load_balance``, unless the router's paper has another."""
+        return losses.load_balance(routing)
+
     def update(self, routings: Sequence[Routing]) -> None:
-        """Change what the router learns outside the gradient; call once per optimiser step, with the routings of all its
-        micro-batches. A router without such state changes nothing."""
+        """Change what the router learns outside the gradient.
+
+        Call it on every rank, once per optimiser step, with the routings of all its micro-batches.
+        A router without such state changes nothing.
+        """
 
 
-def require_padding_mask(padding_mask: Tensor, tokens_BN: torch.Size) -> None:
-    """Raise ValueError unless the mask is bool of shape (B, N); for routers that use it before ``route`` does."""
-    if padding_mask.shape != tokens_BN or padding_mask.dtype != torch.bool:
+def checked_padding_mask(padding_mask: Tensor | None, x: Tensor) -> Tensor:
+    """(B, N) bool, True for real tokens; all of them for None. x is anything (B, N, ...).
+
+    Raises:
+        ValueError: the mask has another shape or dtype.
+    """
+    if padding_mask is None:
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    if padding_mask.shape != x.shape[:2] or padding_mask.dtype != torch.bool:
         raise ValueError(
-            f"padding_mask must be bool of shape {tuple(tokens_BN)}, True for real tokens; "
+            f"padding_mask must be bool of shape {tuple(x.shape[:2])}, True for real tokens; "
             f"this one is {padding_mask.dtype} of shape {tuple(padding_mask.shape)}"
         )
+    return padding_mask

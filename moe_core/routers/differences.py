@@ -1,6 +1,6 @@
 """How published routers differ: not what their descriptions say, but what they do to numbers.
 
-``measure`` treats a router as a function from logits to weights and finds out the rest by experiment, so it works on anybody's.
+``measure`` sees a router as a function from logits to weights, so it works on anybody's.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def measure(
 
     Args:
         weigh: logits (T, E) -> weights (T, E), exactly 0 for experts that are not chosen.
-        bias, expert_bias: tensors the router reads, if it has any that may be biases; they are changed and left at zero.
+        bias, expert_bias: tensors the router reads that may be biases; they are left at zero.
         n_groups: the number of groups its experts stand in.
 
     Raises:
@@ -69,11 +69,9 @@ def measure(
     same_sum = _spread(total_T) < 1e-4
 
     lowest_T1 = logits_TE.masked_fill(chosen_TE, torch.inf).argmin(-1, keepdim=True)
-    lowered_TE = weigh(logits_TE.scatter_add(-1, lowest_T1, torch.full(lowest_T1.shape, -1.0)))
-    same_choice_T = ((lowered_TE != 0) == chosen_TE).all(-1)
-    sees_unchosen = not torch.allclose(
-        lowered_TE[same_choice_T], weights_TE[same_choice_T], rtol=1e-4
-    )
+    lowered_TE = weigh(logits_TE.scatter_add(-1, lowest_T1, -torch.ones(lowest_T1.shape)))
+    same_T = ((lowered_TE != 0) == chosen_TE).all(-1)
+    sees_unchosen = not torch.allclose(lowered_TE[same_T], weights_TE[same_T], rtol=1e-4)
 
     where = []
     if bias is not None:  # in the logits: the same as logits shifted by hand
@@ -81,23 +79,16 @@ def measure(
         bias.data.copy_(shift_E)
         where += ["logits"] * torch.allclose(weigh(logits_TE), shifted_TE, rtol=1e-4)
         bias.data.zero_()
-    if (
-        expert_bias is not None
-    ):  # in the selection only: others are chosen, and their weights follow from the logits alone
+    if expert_bias is not None:
+        # In the selection only: others are chosen, but weights follow from the logits alone.
         expert_bias.data.copy_(shift_E)
         biased_TE = weigh(logits_TE)
         other_choice = not torch.equal(biased_TE != 0, chosen_TE)
-        where += ["selection"] * (
-            other_choice and _explain(biased_TE, logits_TE, top_k)[0] == score_func
-        )
-    groups = _groups(
-        weigh,
-        logits_TE,
-        SCORE_FUNCS[score_func],
-        0 if expert_bias is None else expert_bias,
-        n_groups,
-        top_k,
-    )
+        same_score = _explain(biased_TE, logits_TE, top_k)[0] == score_func
+        where += ["selection"] * (other_choice and same_score)
+    score = SCORE_FUNCS[score_func]
+    shift = 0 if expert_bias is None else expert_bias
+    groups = _groups(weigh(logits_TE) != 0, score(logits_TE) + shift, n_groups, top_k)
     if expert_bias is not None:
         expert_bias.data.zero_()
     return Facts(
@@ -113,7 +104,7 @@ def measure(
 
 
 def _explain(weights_TE: Tensor, logits_TE: Tensor, top_k: int) -> tuple[str, Tensor]:
-    """The score function that the K weights of a token are proportional to, and the factor (T, K)."""
+    """The score function to which a token's K weights are proportional, and the factor (T, K)."""
     index_TK = (weights_TE != 0).float().topk(top_k, dim=-1).indices
     for name, score in SCORE_FUNCS.items():
         factor_TK = weights_TE.gather(-1, index_TK) / score(logits_TE).gather(-1, index_TK)
@@ -122,20 +113,15 @@ def _explain(weights_TE: Tensor, logits_TE: Tensor, top_k: int) -> tuple[str, Te
     raise ValueError("no score function explains these weights")
 
 
-def _groups(weigh, logits_TE, score, expert_bias, n_groups, top_k) -> str:
+def _groups(chosen_TE: Tensor, choice_TE: Tensor, n_groups: int, top_k: int) -> str:
     """The rule of groups under which the K best are the chosen ones."""
     if n_groups == 1:
         return "none"
-    chosen_TE = weigh(logits_TE) != 0
     for group_score in GROUP_SCORES:
         for topk_groups in range(1, n_groups + 1):
-            kept_TE = keep_best_groups(
-                score(logits_TE) + expert_bias, n_groups, topk_groups, group_score
-            )
-            best_TE = torch.zeros_like(chosen_TE).scatter(
-                -1, kept_TE.topk(top_k, dim=-1).indices, True
-            )
-            if torch.equal(best_TE, chosen_TE):
+            kept_TE = keep_best_groups(choice_TE, n_groups, topk_groups, group_score)
+            best_TK = kept_TE.topk(top_k, dim=-1).indices
+            if torch.equal(torch.zeros_like(chosen_TE).scatter(-1, best_TK, True), chosen_TE):
                 return f"best {topk_groups} of {n_groups} by {group_score}"
     raise ValueError("no rule of groups explains this choice")
 
@@ -145,84 +131,58 @@ def _spread(values: Tensor) -> float:
     return float(((values.amax(0) - values.amin(0)) / values.amax(0)).max())
 
 
+@torch.no_grad()
 def measure_router(router: TopKRouter) -> Facts:
-    """``measure`` for a TopKRouter of ours with d_model = n_experts: the weight is set to the identity, so that x is the logits."""
-    with torch.no_grad():
-        router.eval().weight.copy_(torch.eye(router.n_experts))
+    """``measure`` for a TopKRouter with d_model = n_experts; its weight becomes the identity."""
+    router.eval().weight.copy_(torch.eye(router.n_experts))  # x is then the logits
 
-    @torch.no_grad()
     def weigh(logits_TE: Tensor) -> Tensor:
         routing = router(logits_TE.unsqueeze(0))
-        return torch.zeros_like(logits_TE).scatter(
-            -1, routing.expert_indices[0], routing.expert_weights[0]
-        )
+        return routing.by_expert(routing.expert_weights)[0]
 
-    return measure(
-        weigh,
-        router.n_experts,
-        bias=router.bias,
-        expert_bias=router.expert_bias,
-        n_groups=router.n_groups,
-    )
+    biases = {"bias": router.bias, "expert_bias": router.expert_bias}
+    return measure(weigh, router.n_experts, n_groups=router.n_groups, **biases)
 
 
 N_EXPERTS = 64  # of the routers measured: 8 groups of 8
 
 
 def differences() -> list[dict]:
-    """One row per preset: its name, its ``Facts`` measured with 64 experts, and the options that make it."""
-    rows = []
-    for name, published in PRESETS.items():
-        router = preset(name, d_model=N_EXPERTS, n_experts=N_EXPERTS)
-        rows.append(
-            {
-                "name": name,
-                "facts": measure_router(router),
-                "router": router,
-                "source": published.source,
-            }
-        )
-    return rows
+    """One row per preset: its name, its ``Facts``, the router measured, and the source."""
+    routers = {name: preset(name, d_model=N_EXPERTS, n_experts=N_EXPERTS) for name in PRESETS}
+    return [
+        {
+            "name": name,
+            "facts": measure_router(router),
+            "router": router,
+            "source": PRESETS[name].source,
+        }
+        for name, router in routers.items()
+    ]
 
 
 def markdown() -> str:
     """``differences()`` as a markdown table."""
-    head = (
-        "router",
-        "K",
-        "score",
-        "scored",
-        "divided by the sum",
-        "scale",
-        "K weights sum to",
-        "an unchosen logit matters",
-        "bias in",
-        "groups",
-        "weight multiplies",
-        "source",
-    )
-    lines = [head, ["---"] * len(head)]
+    rows = []
     for row in differences():
         facts, router = row["facts"], row["router"]
-        total = (
-            f"{facts.most:.4g}"
-            if facts.most - facts.least < 1e-4 * facts.most
-            else f"{facts.least:.2f} to {facts.most:.2f}"
+        same = facts.most - facts.least < 1e-4 * facts.most
+        total = f"{facts.most:.4g}" if same else f"{facts.least:.2f} to {facts.most:.2f}"
+        rows.append(
+            {
+                "router": row["name"],
+                "K": facts.top_k,
+                "score": facts.score_func,
+                "scored": "after top-k" if router.score_after_topk else "before top-k",
+                "divided by the sum": "yes" if router.norm_topk_prob else "no",
+                "scale": f"{facts.scale:.4g}",
+                "K weights sum to": total,
+                "an unchosen logit matters": "yes" if facts.sees_unchosen else "no",
+                "bias in": {"selection": "selection only"}.get(facts.bias, facts.bias),
+                "groups": facts.groups,
+                "weight multiplies": router.weights_on,
+                "source": row["source"],
+            }
         )
-        lines.append(
-            (
-                row["name"],
-                facts.top_k,
-                facts.score_func,
-                "after top-k" if router.score_after_topk else "before top-k",
-                "yes" if router.norm_topk_prob else "no",
-                f"{facts.scale:.4g}",
-                total,
-                "yes" if facts.sees_unchosen else "no",
-                {"selection": "selection only"}.get(facts.bias, facts.bias),
-                facts.groups,
-                router.weights_on,
-                row["source"],
-            )
-        )
+    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)

@@ -1,79 +1,73 @@
 """NoisyTopKRouter: a learned amount of noise decides among the experts (Shazeer et al. 2017)."""
 
+from dataclasses import KW_ONLY, dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import losses
 from ..autocast import no_autocast
-from ..capacity import CapacityRule
 from ..routing import Routing
 from ..validate import at_least, top_k_fits
-from .base import Router
+from .base import Router, RouterOptions
+
+
+@dataclass(frozen=True)
+class NoisyTopKOptions(RouterOptions, fixed=("jitter_noise",)):
+    """The arguments of ``NoisyTopKRouter``."""
+
+    top_k: int
+    _: KW_ONLY
+    noise_epsilon: float = 1e-2
+    importance_loss_weight: float = 0.1
+    load_loss_weight: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        top_k_fits(self.top_k, self.n_experts)
+        at_least(1e-6, noise_epsilon=self.noise_epsilon)
+        at_least(0, importance_loss_weight=self.importance_loss_weight)
+        at_least(0, load_loss_weight=self.load_loss_weight)
 
 
 class NoisyTopKRouter(Router):
-    r"""Top-K of noisy logits, softmax over the K; the amount of noise depends on the token and is learned.
+    r"""Top-K of noisy logits, softmax over the K; how noisy depends on the token and is learned.
 
-    .. math:: H_e = (x W_g^\top)_e + \epsilon_e \, \sigma_e, \quad \sigma_e = \mathrm{softplus}\big((x W_n^\top)_e\big) + \sigma_{min},
+    .. math:: H_e = (x W_g^\top)_e + \epsilon_e \, \sigma_e,
+              \quad \sigma_e = \mathrm{softplus}\big((x W_n^\top)_e\big) + \sigma_{min},
               \quad w = \mathrm{softmax}(\mathrm{topk}(H))
 
-    with :math:`\epsilon` standard normal, in training only. Both weights start at zero: at first noise alone decides, evenly.
+    with :math:`\epsilon` standard normal, in training only. Both weights start at zero: at first
+    noise alone decides, evenly. ``Routing.logits`` and ``scores`` are without noise.
 
-    Two losses keep the experts alike: ``losses.importance`` on the weights, and ``losses.load`` on ``probabilities``, the chance that
-    an expert is among the K when its own noise is drawn again, which has a gradient where a count has none. In eval there is no
-    noise, and the load is the count. ``Routing.logits`` and ``scores`` are without noise.
+    Two losses keep the experts alike: ``losses.importance`` of the weights, and ``losses.load`` of
+    ``probabilities``, which have a gradient where a count has none. In eval the load is the count.
 
     Args:
-        d_model, n_experts, top_k: D, E and K. With K = 1 the weight is always 1, and only the losses train the router.
-        noise_epsilon: sigma_min, so that noise never vanishes; above 0. The paper has none, its code (tensor2tensor) has 0.01.
-        importance_loss_weight, load_loss_weight: coefficients of the two losses; 0 leaves a loss out.
+        d_model, n_experts, top_k: D, E and K. With K = 1 the weight is 1, and only losses train.
+        noise_epsilon: sigma_min, above 0, so that noise never vanishes. The paper has none, its
+            code (tensor2tensor) has 0.01.
+        importance_loss_weight, load_loss_weight: coefficients of the two losses.
         capacity_factor, aux_loss_weight, z_loss_weight: see ``Router``.
 
     Attributes:
-        weight: W_g (E, D). noise_weight: W_n (E, D).
+        weight, noise_weight: W_g and W_n, (E, D).
 
     Raises:
         ValueError: an argument is out of range.
 
-    Source: Shazeer et al. 2017 (arXiv 1701.06538), eq. 3-5 (gating), 6-7 (importance), 8-11 (load), appendix A (zeros).
+    Source: Shazeer et al. 2017 (arXiv 1701.06538), eq. 3-11, appendix A (zeros).
     """
 
+    Options = NoisyTopKOptions
     prescribes_start = True
 
-    def __init__(
-        self,
-        d_model: int,
-        n_experts: int,
-        top_k: int,
-        *,
-        noise_epsilon: float = 1e-2,
-        importance_loss_weight: float = 0.1,
-        load_loss_weight: float = 0.1,
-        capacity_factor: float | CapacityRule | None = None,
-        aux_loss_weight: float = 0.0,
-        z_loss_weight: float = 0.0,
-    ):
-        top_k_fits(top_k, n_experts)
-        at_least(1e-6, noise_epsilon=noise_epsilon)
-        at_least(
-            0, importance_loss_weight=importance_loss_weight, load_loss_weight=load_loss_weight
-        )
-        super().__init__(
-            d_model,
-            n_experts,
-            capacity_factor=capacity_factor,
-            aux_loss_weight=aux_loss_weight,
-            z_loss_weight=z_loss_weight,
-        )
-        self.noise_weight = nn.Parameter(torch.zeros(n_experts, d_model))
-        self.top_k, self.noise_epsilon = top_k, noise_epsilon
-        self.importance_loss_weight, self.load_loss_weight = (
-            importance_loss_weight,
-            load_loss_weight,
-        )
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.noise_weight = nn.Parameter(torch.zeros_like(self.weight))
 
-    def reset_parameters(self) -> None:
+    def reset_weight(self) -> None:
         """Set both weights to zero."""
         for weight in self.parameters():
             nn.init.zeros_(weight)
@@ -82,55 +76,50 @@ class NoisyTopKRouter(Router):
         """sigma, (B, N, D) -> (B, N, E) in float32 at least."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x):
-            return (
-                F.softplus(F.linear(x.to(dtype), self.noise_weight.to(dtype))) + self.noise_epsilon
-            )
+            spread_BNE = F.linear(x.to(dtype), self.noise_weight.to(dtype))
+            return F.softplus(spread_BNE) + self.noise_epsilon
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids=None) -> Routing:
         """Route tokens (B, N, D); K slots per token, the highest (noisy) logit first.
 
-        Raises:
-            ValueError: x or padding_mask has the wrong shape.
+        See ``Router``.
         """
-        logits_BNE = self.logits(x)
+        logits_BNE = noisy_BNE = self.logits(x)
         std_BNE = self.noise_std(x) if self.training else None
-        noisy_BNE = (
-            logits_BNE if std_BNE is None else logits_BNE + torch.randn_like(logits_BNE) * std_BNE
-        )
+        if std_BNE is not None:
+            noisy_BNE = logits_BNE + torch.randn_like(logits_BNE) * std_BNE
         indices_BNK = noisy_BNE.detach().topk(self.top_k, dim=-1).indices
         weights_BNK = torch.softmax(noisy_BNE.gather(-1, indices_BNK), dim=-1)
-        routing = self.route(
-            indices_BNK,
-            weights_BNK,
-            logits_BNE,
-            torch.softmax(logits_BNE, dim=-1),
-            padding_mask=padding_mask,
-            normalized=True,
+        scores_BNE = torch.softmax(logits_BNE, dim=-1)
+        routing = self.routing(
+            indices_BNK, weights_BNK, logits_BNE, scores_BNE, padding_mask, normalized=True
         )
+        routing = self.add_losses(self.limit_capacity(routing))
         if self.importance_loss_weight > 0:
-            routing = routing.with_losses(
-                importance=self.importance_loss_weight * losses.importance(routing)
-            )
+            loss = self.importance_loss_weight * losses.importance(routing)
+            routing = routing.with_losses(importance=loss)
         if self.load_loss_weight > 0:
             probability_BNE = probabilities(logits_BNE, noisy_BNE, std_BNE, indices_BNK)
-            routing = routing.with_losses(
-                load=self.load_loss_weight * losses.load(routing, probability_BNE)
-            )
+            loss = self.load_loss_weight * losses.load(routing, probability_BNE)
+            routing = routing.with_losses(load=loss)
         return routing
 
 
 def probabilities(
     logits_BNE: Tensor, noisy_BNE: Tensor, std_BNE: Tensor | None, indices_BNK: Tensor
 ) -> Tensor:
-    r"""The chance that each expert is among the K, when its own noise is drawn again and the others' stays.
+    r"""The chance that each expert is among the K, if its own noise (only) is drawn again.
 
-    .. math:: P(x, e) = \Phi\!\left(\frac{(x W_g^\top)_e - \mathrm{kth\_excluding}(H, K, e)}{\sigma_e}\right)
+    .. math:: P(x, e) = \Phi\!\left(
+              \frac{(x W_g^\top)_e - \mathrm{kth\_excluding}(H, K, e)}{\sigma_e}\right)
 
-    kth_excluding is the K-th largest of the other noisy logits: the (K+1)-th of all if e is among the K, else the K-th. All three
-    are logits; comparing them with softmaxed values is a known bug (davidmrau/mixture-of-experts, issue 31).
+    kth_excluding is the K-th largest of the other noisy logits: the (K+1)-th of all if e is among
+    the K, else the K-th. All three are logits; comparing them with softmaxed values is a known bug
+    (davidmrau/mixture-of-experts, issue 31).
 
     Args:
-        logits_BNE, noisy_BNE: without and with noise. std_BNE: its standard deviation; None (no noise) gives 0 or 1.
+        logits_BNE, noisy_BNE: without and with noise.
+        std_BNE: the noise's standard deviation; None (no noise) gives 0 or 1.
         indices_BNK: the K chosen.
 
     Returns:

@@ -1,31 +1,80 @@
-"""ZeroComputationRouter: token choice among E real experts and some that cost nothing, so that easy tokens cost less."""
+"""ZeroComputationRouter: token choice among E real experts and some that cost nothing."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..ranks import sum_over_ranks
+from ..ranks import load_over_ranks
 from ..routing import Routing
-from ..validate import at_least, boolean, whole
-from .base import Router
+from ..validate import at_least, whole
+from .topk import SCORING, TopKOptions, TopKRouter
+
+_FIXED = set(SCORING) - {"norm_topk_prob"} | {"capacity_factor"}
 
 
-class ZeroComputationRouter(Router):
-    r"""Top-k over E feed-forward experts and Z experts without a matmul; each token decides how many of its K slots cost anything.
+@dataclass(frozen=True)
+class ZeroComputationOptions(TopKOptions, fixed=_FIXED):
+    """The arguments of ``ZeroComputationRouter``."""
 
-    .. math:: p = \mathrm{softmax}(h) \in \mathbb{R}^{E+Z}, \quad e_1..e_K = \mathrm{topk}(p + b), \quad
-        w_k = p_{e_k} \Big/ \sum_j p_{e_j}
+    n_zero_experts: int = 1
+    n_copy_experts: int = 1
+    n_constant_experts: int = 1
+    ffn_ratio: float = 1.0
+    bias_update_rate: float = 0.0
+    mean_ffn_experts: float | None = None
+    expert_bias: bool = True
 
-    The routing is over E + Z experts, in the order feed-forward, zero, copy, constant; what they compute stands in
-    ``moe_core.zero_computation``. There is no capacity.
+    def __post_init__(self):
+        whole(1, n_experts=self.n_experts)
+        whole(0, n_zero_experts=self.n_zero_experts, n_copy_experts=self.n_copy_experts)
+        whole(0, n_constant_experts=self.n_constant_experts)
+        if sum(self.cheap_experts) == 0:
+            raise ValueError(
+                "n_zero_experts, n_copy_experts and n_constant_experts must not all be 0"
+            )
+        super().__post_init__()
+        at_least(0, ffn_ratio=self.ffn_ratio, bias_update_rate=self.bias_update_rate)
+        if self.ffn_ratio == 0:
+            raise ValueError(f"ffn_ratio={self.ffn_ratio!r} must be above 0")
+        mean, most = self.mean_ffn_experts, min(self.top_k, self.n_experts)
+        if (self.bias_update_rate > 0) != (mean is not None):
+            raise ValueError(
+                f"mean_ffn_experts={mean!r} must be given exactly when "
+                f"bias_update_rate={self.bias_update_rate!r} is above 0"
+            )
+        if mean is not None:
+            at_least(0, mean_ffn_experts=mean)
+            if mean > most:
+                raise ValueError(f"mean_ffn_experts={mean!r} must be at most {most}")
 
-    Two ways to steer how much is computed. A balance loss with a ratio tau between the two kinds, the idea of MoE++; this form,
-    which is 1 at the loads it asks for, is ours:
+    @property
+    def cheap_experts(self) -> tuple[int, int, int]:
+        """Z in three parts: zero, copy and constant experts."""
+        return self.n_zero_experts, self.n_copy_experts, self.n_constant_experts
 
-    .. math:: L = \sum_e \frac{f_e P_e}{\pi_e}, \quad \pi_e \propto \tau \text{ (feed-forward)}, \; 1 \text{ (the others)}
+    @property
+    def total_experts(self) -> int:
+        """E + Z."""
+        return self.n_experts + sum(self.cheap_experts)
 
-    And the selection bias of LongCat-Flash, changed once per optimiser step for the feed-forward experts only, where s_e is the
+
+class ZeroComputationRouter(TopKRouter):
+    r"""Top-k over E feed-forward experts and Z without a matmul: easy tokens cost less.
+
+    .. math:: p = \mathrm{softmax}(h) \in \mathbb{R}^{E+Z}, \quad e_1..e_K = \mathrm{topk}(p + b),
+        \quad w_k = p_{e_k} \Big/ \sum_j p_{e_j}
+
+    The order is feed-forward, zero, copy, constant; ``ZeroComputationExperts`` says what the last
+    three compute. There is no capacity. Two ways steer how much is computed. A balance loss with a
+    ratio tau between the two kinds, the idea of MoE++; this form, 1 at the loads it asks for, is
+    ours:
+
+    .. math:: L = \sum_e \frac{f_e P_e}{\pi_e},
+        \quad \pi_e \propto \tau \text{ (feed-forward)}, \; 1 \text{ (the others)}
+
+    And the selection bias of LongCat-Flash, for the feed-forward experts only, where s_e is the
     share of slots that chose e:
 
     .. math:: b_e \leftarrow b_e + \mu \Big( \frac{K_e}{K E} - s_e \Big)
@@ -34,116 +83,46 @@ class ZeroComputationRouter(Router):
         d_model, n_experts, top_k: D, E (the feed-forward experts) and K <= E + Z.
         n_zero_experts, n_copy_experts, n_constant_experts: Z in three parts, at least one in all.
         norm_topk_prob: divide by the sum over the K chosen; LongCat-Flash does not.
-        ffn_ratio: tau, slots of a feed-forward expert for each slot of a cheap one where the balance loss is content.
+        ffn_ratio: tau, slots of a feed-forward expert for each slot of a cheap one.
         bias_update_rate: mu; 0 leaves the bias at 0.
-        mean_ffn_experts: K_e, feed-forward experts per token that the bias steers to; to be given exactly when mu > 0.
-        aux_loss_weight: coefficient of the balance loss above. z_loss_weight, jitter_noise: see ``Router``.
+        mean_ffn_experts: K_e, feed-forward experts per token to steer to; given with mu > 0 only.
+        aux_loss_weight: coefficient of the balance loss above.
+        z_loss_weight, jitter_noise: see ``Router``.
 
     Attributes:
-        n_ffn_experts: E. n_experts: E + Z. expert_bias: b, (E + Z,) float32.
+        n_ffn_experts, n_experts: E, and E + Z.
+        expert_bias: b, (E + Z,) float32.
 
     Raises:
         ValueError: an argument is out of range.
 
-    Source: Jin et al. 2024 (MoE++, arXiv 2410.07348), without its gating residual, which hands logits from layer to layer;
-    LongCat-Flash (arXiv 2509.01322), where all of Z are copies, for the bias (its formula from an account of the paper).
+    Source: Jin et al. 2024 (MoE++, arXiv 2410.07348), without its gating residual between layers;
+    LongCat-Flash (arXiv 2509.01322), where all of Z are copies, for the bias (its formula from an
+    account of the paper).
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        n_experts: int,
-        top_k: int,
-        *,
-        n_zero_experts: int = 1,
-        n_copy_experts: int = 1,
-        n_constant_experts: int = 1,
-        norm_topk_prob: bool = True,
-        ffn_ratio: float = 1.0,
-        bias_update_rate: float = 0.0,
-        mean_ffn_experts: float | None = None,
-        aux_loss_weight: float = 0.0,
-        z_loss_weight: float = 0.0,
-        jitter_noise: float = 0.0,
-    ):
-        whole(1, n_experts=n_experts)
-        whole(
-            0,
-            n_zero_experts=n_zero_experts,
-            n_copy_experts=n_copy_experts,
-            n_constant_experts=n_constant_experts,
-        )
-        n_cheap = n_zero_experts + n_copy_experts + n_constant_experts
-        if n_cheap == 0:
-            raise ValueError(
-                "n_zero_experts, n_copy_experts and n_constant_experts must not all be 0"
-            )
-        if (
-            isinstance(top_k, bool)
-            or not isinstance(top_k, int)
-            or not 1 <= top_k <= n_experts + n_cheap
-        ):
-            raise ValueError(
-                f"top_k={top_k!r} must be between 1 and all experts={n_experts + n_cheap}"
-            )
-        boolean(norm_topk_prob=norm_topk_prob)
-        at_least(0, ffn_ratio=ffn_ratio, bias_update_rate=bias_update_rate)
-        if ffn_ratio == 0:
-            raise ValueError(f"ffn_ratio={ffn_ratio!r} must be above 0")
-        if (bias_update_rate > 0) != (mean_ffn_experts is not None):
-            raise ValueError(
-                f"mean_ffn_experts={mean_ffn_experts!r} must be given exactly when "
-                f"bias_update_rate={bias_update_rate!r} is above 0"
-            )
-        if mean_ffn_experts is not None:
-            at_least(0, mean_ffn_experts=mean_ffn_experts)
-            if mean_ffn_experts > min(top_k, n_experts):
-                raise ValueError(
-                    f"mean_ffn_experts={mean_ffn_experts!r} must be at most {min(top_k, n_experts)}"
-                )
-        super().__init__(
-            d_model,
-            n_experts + n_cheap,
-            aux_loss_weight=aux_loss_weight,
-            z_loss_weight=z_loss_weight,
-            jitter_noise=jitter_noise,
-        )
-        self.top_k, self.norm_topk_prob, self.n_ffn_experts = top_k, norm_topk_prob, n_experts
-        self.n_zero_experts, self.n_copy_experts, self.n_constant_experts = (
-            n_zero_experts,
-            n_copy_experts,
-            n_constant_experts,
-        )
-        self.ffn_ratio, self.bias_update_rate, self.mean_ffn_experts = (
-            ffn_ratio,
-            bias_update_rate,
-            mean_ffn_experts,
-        )
-        self.register_buffer("expert_bias", torch.zeros(n_experts + n_cheap, dtype=torch.float32))
+    Options = ZeroComputationOptions
 
-    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Routing:
-        """Route tokens (B, N, D); K slots per token, with indices in [0, E + Z).
+    @property
+    def cheap_experts(self) -> tuple[int, int, int]:
+        return self.options.cheap_experts
 
-        Raises:
-            ValueError: x or padding_mask has the wrong shape.
-        """
-        logits_BNE = self.logits(x)
-        scores_BNE = torch.softmax(logits_BNE, dim=-1)
-        indices_BNK = torch.topk(scores_BNE + self.expert_bias, self.top_k, dim=-1).indices
-        weights_BNK = scores_BNE.gather(-1, indices_BNK)  # the bias selects and does nothing else
-        if self.norm_topk_prob:
-            weights_BNK = weights_BNK / weights_BNK.sum(dim=-1, keepdim=True)
-        return self.route(
-            indices_BNK,
-            weights_BNK,
-            logits_BNE,
-            scores_BNE,
-            padding_mask=padding_mask,
-            normalized=self.norm_topk_prob,
-        )
+    @property
+    def n_ffn_experts(self) -> int:
+        """E, the experts that compute something."""
+        return self.options.n_experts
+
+    def expected_share(self) -> Tensor:
+        """(E + Z,): tau times as much for a feed-forward expert, or what the bias steers to."""
+        n_ffn, n_cheap = self.n_ffn_experts, self.n_experts - self.n_ffn_experts
+        ffn = self.ffn_ratio * n_ffn / (self.ffn_ratio * n_ffn + n_cheap)
+        if self.bias_update_rate > 0:
+            ffn = self.mean_ffn_experts / self.top_k
+        shares = [ffn / n_ffn] * n_ffn + [(1 - ffn) / n_cheap] * n_cheap
+        return torch.tensor(shares, dtype=torch.float64)
 
     def balance_loss(self, routing: Routing) -> Tensor:
-        """The balance loss of the formula above, without its coefficient; with tau = 1 it is ``losses.load_balance``."""
+        """The loss of the formula above; with tau = 1 it is ``losses.load_balance``."""
         total = self.ffn_ratio * self.n_ffn_experts + self.n_experts - self.n_ffn_experts
         product_E = routing.slot_share() * routing.mean_score()
         ffn, cheap = product_E[: self.n_ffn_experts].sum(), product_E[self.n_ffn_experts :].sum()
@@ -151,16 +130,15 @@ class ZeroComputationRouter(Router):
 
     @torch.no_grad()
     def update(self, routings: Sequence[Routing]) -> None:
-        """Move the bias of each feed-forward expert towards its share of the slots; no token, no change."""
+        """Move each feed-forward expert's bias towards its share of the slots.
+
+        See ``Router.update``; without a token nothing changes.
+        """
         if self.bias_update_rate == 0:
             return
-        counts_E = torch.zeros(self.n_experts, dtype=torch.int64, device=self.expert_bias.device)
-        for routing in routings:
-            counts_E += routing.slots_per_expert()
-        counts_E = sum_over_ranks(counts_E)
+        counts_E = load_over_ranks(routings, self.expert_bias)
         share_E = counts_E.double() / counts_E.sum().clamp(min=1)
         missing_E = self.mean_ffn_experts / (self.top_k * self.n_ffn_experts) - share_E
         missing_E[self.n_ffn_experts :] = 0
-        self.expert_bias += (self.bias_update_rate * missing_E * (counts_E.sum() > 0)).to(
-            self.expert_bias.dtype
-        )
+        step_E = self.bias_update_rate * missing_E * (counts_E.sum() > 0)
+        self.expert_bias += step_E.to(self.expert_bias.dtype)

@@ -2,7 +2,6 @@
 
 import torch
 
-from moe_core.build import build
 from moe_core.config import MoEConfig
 from moe_core.lm import LMConfig
 
@@ -30,7 +29,7 @@ def from_lm(config: LMConfig) -> ModelSpec:
 def moe_spec(config: MoEConfig) -> MoESpec:
     """The spec of one MoE layer."""
     with torch.device("meta"):
-        router = build(config)
+        router = config.build_router()
     weights = list(router.parameters())
     return MoESpec(
         config.n_experts,

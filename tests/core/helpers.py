@@ -110,7 +110,9 @@ def experts_token_by_token(experts, x, routing):
         for n in range(N):
             y = x[b, n] * 0
             for k in range(K):
-                if routing.capacity_mask[b, n, k]:
+                expert = int(routing.expert_indices[b, n, k])
+                # Indices beyond the bank are experts that compute without it.
+                if routing.capacity_mask[b, n, k] and expert < experts.n_experts:
                     y = y + routing.expert_weights[b, n, k] * mlp_of_expert(
                         experts, routing.expert_indices[b, n, k], x[b, n]
                     )

@@ -256,7 +256,7 @@ def test_a_config_cannot_be_changed_and_can_be_a_key():
         ({"router": "gshard", "top_k": 1}, "top_k=1 must be 2: router='gshard' has no other"),
         ({"top_k": 1.5}, "top_k=1.5 must be between 1 and n_experts=4"),
         ({"router": "relu", "top_k": 4.5}, "expansion=4.5 must be above 0 and at most n_experts=4"),
-        ({"router": "relu", "top_k": "2"}, "top_k='2' must be at least 0"),
+        ({"router": "relu", "top_k": "2"}, "expansion='2' must be above 0 and at most n_experts=4"),
         ({"router_options": [("score_func", "sigmoid")]}, "must be a dict"),
         (
             {"router_options": {"score_func": {1, 2}}},

@@ -315,7 +315,7 @@ def test_without_a_kept_row_output_and_gradients_are_zero_not_none(backend, shap
     [
         ("meta", 8, 16, torch.float32, None, "grouped", "float32"),
         ("meta", 4, 12, torch.float32, None, "grouped", "float32"),
-        ("meta", 8, 16, torch.bfloat16, 3, "grouped", "nothing waits"),
+        ("meta", 8, 16, torch.bfloat16, 3, "grouped", "nothing synchronises"),
         ("meta", 8, 16, torch.float64, None, "loop", "float64"),
         ("meta", 7, 16, torch.float32, None, "loop", "16 bytes"),
         ("meta", 8, 9, torch.float32, 3, "padded", "capacity"),

@@ -14,12 +14,12 @@ from .bug import Bug, reads_logits, route
 
 # 4 -------------------------------------------------------------------------------------------------------------------------------
 class BiasInTheWeights(LossFreeRouter):
-    def forward(self, x, padding_mask=None):
+    def forward(self, x, padding_mask=None, token_ids=None):
         logits = self.logits(x)
         scores = logits.sigmoid()
         biased, indices = torch.topk(scores + self.expert_bias, self.top_k)
         weights = biased / biased.sum(-1, keepdim=True)
-        return self.route(
+        return self.routing(
             indices, weights, logits, scores, padding_mask=padding_mask, normalized=True
         )
 
@@ -40,7 +40,7 @@ def the_bias_selects_and_does_not_weigh(make):
 
 # 5 -------------------------------------------------------------------------------------------------------------------------------
 class OtherGroupsSetToZero(LossFreeRouter):
-    def forward(self, x, padding_mask=None):
+    def forward(self, x, padding_mask=None, token_ids=None):
         logits = self.logits(x)
         scores = logits.sigmoid()
         biased = scores + self.expert_bias
@@ -53,7 +53,7 @@ class OtherGroupsSetToZero(LossFreeRouter):
         indices = masked.topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, indices)
         weights = weights / weights.sum(-1, keepdim=True)
-        return self.route(
+        return self.routing(
             indices, weights, logits, scores, padding_mask=padding_mask, normalized=True
         )
 
@@ -111,12 +111,12 @@ def a_bfloat16_model_routes_as_a_float64_one(make):
 
 # 21 ------------------------------------------------------------------------------------------------------------------------------
 class NoiseAlsoInEval(NoisyTopKRouter):
-    def forward(self, x, padding_mask=None):
+    def forward(self, x, padding_mask=None, token_ids=None):
         logits = self.logits(x)
         noisy = logits + torch.randn_like(logits) * self.noise_std(x)
         weights, indices = torch.softmax(noisy, dim=-1).topk(self.top_k)
         weights = weights / weights.sum(-1, keepdim=True)
-        return self.route(
+        return self.routing(
             indices, weights, logits, logits.softmax(-1), padding_mask=padding_mask, normalized=True
         )
 

@@ -37,13 +37,13 @@ def every_expert_has_a_gradient(make):
 class TiesByChance(TopKRouter):
     calls = 0  # plays the part of a GPU, whose topk promises no order among equal values
 
-    def forward(self, x, padding_mask=None):
+    def forward(self, x, padding_mask=None, token_ids=None):
         self.calls += 1
         logits = self.logits(x)
         scores = logits.softmax(-1)
         order = torch.arange(self.n_experts).roll(self.calls)
         weights, place = scores[..., order].topk(self.top_k)
-        return self.route(order[place], weights, logits, scores, padding_mask=padding_mask)
+        return self.routing(order[place], weights, logits, scores, padding_mask=padding_mask)
 
 
 def recomputation_takes_the_same_route(make):
@@ -58,7 +58,7 @@ def recomputation_takes_the_same_route(make):
 class CountsInForward(LossFreeRouter):
     counted = 0
 
-    def forward(self, x, padding_mask=None):
+    def forward(self, x, padding_mask=None, token_ids=None):
         routing = super().forward(x, padding_mask)
         self.counted = self.counted + routing.slots_per_expert()
         return routing

@@ -12,11 +12,11 @@ from .bug import Bug
 
 # 28 ------------------------------------------------------------------------------------------------------------------------------
 class AsWrittenUp(ExpertThresholdRouter):
-    def forward(self, x, padding_mask=None):
+    def forward(self, x, padding_mask=None, token_ids=None):
         scores = F.cosine_similarity(x.unsqueeze(-2), self.weight, dim=-1)
         threshold_E = scores.mean((0, 1)) - scores.std((0, 1))  # "approximately the median"
         chosen = scores > threshold_E
-        return self.route(
+        return self.routing(
             self.every_expert(x),
             chosen.float(),
             scores,
@@ -54,7 +54,7 @@ def the_gate_trains_the_router(make):
 
 # 29 ------------------------------------------------------------------------------------------------------------------------------
 class ExpertsChoose(Router):
-    def forward(self, x, padding_mask=None):
+    def forward(self, x, padding_mask=None, token_ids=None):
         logits = self.logits(x)
         scores = logits.softmax(-1)
         best = (
@@ -65,7 +65,7 @@ class ExpertsChoose(Router):
             .scatter(0, best, True)
             .view(scores.shape)
         )
-        return self.route(
+        return self.routing(
             self.every_expert(x),
             scores,
             logits,

@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_core import CapacityRule, LanguageModel, LMConfig, MixtureOfExperts
-from moe_core.build import top_k_is_a_mean
-from moe_core.experts.zero_computation import ffn_routing
 from moe_core.lm import next_token_loss
 from moe_core.routers import ROUTERS
 
@@ -111,14 +109,6 @@ def changed(module, before):
     }
 
 
-def seen_by_experts(moe, routing):
-    return (
-        routing
-        if moe.zero_computation_experts is None
-        else ffn_routing(routing, moe.config.n_experts)
-    )
-
-
 @every_router
 @fast
 @given(situation=situations())
@@ -138,12 +128,10 @@ def test_the_contract_holds_and_only_kept_slots_reach_the_output(name, situation
     other = replace(
         routing, expert_weights=routing.expert_weights.masked_fill(~routing.capacity_mask, 7.0)
     )
-    ffn = seen_by_experts(moe, routing)
-    assert torch.equal(moe.experts(x, ffn), moe.experts(x, seen_by_experts(moe, other)))
+    assert torch.equal(moe.experts(x, routing), moe.experts(x, other))
     if x.dtype == torch.float64:
-        assert torch.allclose(
-            moe.experts(x, ffn), experts_token_by_token(moe.experts, x, ffn), atol=1e-10, rtol=1e-10
-        )
+        by_token = experts_token_by_token(moe.experts, x, routing)
+        assert torch.allclose(moe.experts(x, routing), by_token, atol=1e-10, rtol=1e-10)
     if not situation.training:
         again = moe(x, padding_mask, token_ids)
         assert torch.equal(again[0], y) and torch.equal(
@@ -287,7 +275,7 @@ def test_a_config_with_this_router_survives_json_and_says_its_defaults(name):
     for field in ("aux_loss_weight", "z_loss_weight", "jitter_noise", "top_k"):
         assert getattr(router, field, getattr(cfg, field)) == getattr(cfg, field)
     assert router.capacity_rule.factor == CapacityRule.of(cfg.capacity_factor).factor
-    if top_k_is_a_mean(name):
+    if ROUTERS[name].top_k_is_a_mean:
         assert router.expansion == cfg.top_k
 
 
@@ -313,9 +301,5 @@ def test_a_router_never_waits_for_a_tensors_value(name, padded, training):
             ):
                 router(x, padding_mask)
         else:
-            routing = (
-                router(x, padding_mask, token_ids)
-                if router.needs_token_ids
-                else router(x, padding_mask)
-            )
+            routing = router(x, padding_mask, token_ids)
             assert routing.aux_loss.shape == ()

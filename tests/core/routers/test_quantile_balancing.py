@@ -187,7 +187,10 @@ def test_no_tensor_is_read_on_the_way():
     ("changes", "message"),
     [
         ({"top_k": 5}, "top_k=5 must be between 1 and n_experts=4"),
-        ({"score_func": "relu"}, "score_func='relu' must be one of 'sigmoid', 'softmax'"),
+        (
+            {"score_func": "sqrt_softplus"},
+            "score_func='sqrt_softplus' must be one of 'sigmoid', 'softmax'",
+        ),
         ({"ema_decay": 1.0}, "ema_decay=1.0 must be at least 0.0 and below 1.0"),
         ({"n_alternations": 0}, "n_alternations=0 must be a whole number, at least 1"),
         ({"norm_topk_prob": 1}, "norm_topk_prob=1 must be True or False"),

@@ -15,7 +15,6 @@ from moe_core import (
     ZeroComputationRouter,
     losses,
 )
-from moe_core.experts.zero_computation import ffn_routing
 
 from ..helpers import (
     config,
@@ -88,10 +87,8 @@ def test_the_layer_is_the_weighted_sum_of_all_kinds_of_experts(
     )
     y, routing = moe(x, padding_mask)
     assert torch.allclose(y, by_hand(moe, x, routing.check()), atol=1e-12, rtol=0)
-    ffn = ffn_routing(routing, 3).check()
-    assert torch.allclose(
-        moe.experts(x, ffn), experts_token_by_token(moe.experts, x, ffn), atol=1e-12, rtol=0
-    )
+    by_token = experts_token_by_token(moe.experts, x, routing)
+    assert torch.allclose(moe.experts(x, routing), by_token, atol=1e-12, rtol=0)
 
 
 def test_only_slots_of_feed_forward_experts_become_rows():
@@ -103,16 +100,13 @@ def test_only_slots_of_feed_forward_experts_become_rows():
         capacity=2,
         padding_mask=torch.tensor([[True, True, False]]),
     )
-    ffn = ffn_routing(routing.check(), 3).check()
-    assert DispatchPlan(ffn).counts_E.tolist() == [1, 0, 0]
-    kept, over, padding, elsewhere = (
-        0,
-        DropReason.OVER_CAPACITY,
-        DropReason.PADDING,
-        DropReason.NOT_SELECTED,
-    )
-    assert ffn.drop_reason[0].tolist() == [[kept, elsewhere], [elsewhere, over], [padding, padding]]
-    assert ffn.n_experts == 3 and ffn.losses == {} and not ffn.dropless
+    for static in (None, False, True):
+        plan = DispatchPlan(routing.check(), 3, static=static)
+        assert plan.kept_E.tolist() == [1, 0, 0]
+        rows = plan.gather(torch.ones(1, 3, 2))
+        assert rows.sum() == 2 and len(rows) == (6 if static else 1)
+        y = plan.combine(rows, routing.expert_weights)
+        assert torch.equal(y[0, :, 0], routing.expert_weights[0, :, 0] * torch.tensor([1, 0, 0]))
 
 
 def test_a_zero_expert_gives_exactly_zero_and_a_copy_expert_the_token():
@@ -261,7 +255,7 @@ def test_the_bias_steers_to_the_number_of_feed_forward_experts_asked_for():
     [
         ({"n_zero_experts": 0, "n_copy_experts": 0, "n_constant_experts": 0}, "must not all be 0"),
         ({"n_copy_experts": -1}, "n_copy_experts=-1 must be a whole number, at least 0"),
-        ({"top_k": 8}, "top_k=8 must be between 1 and all experts=7"),
+        ({"top_k": 8}, "top_k=8 must be between 1 and n_experts=7"),
         ({"ffn_ratio": 0}, "ffn_ratio=0 must be above 0"),
         (
             {"bias_update_rate": 0.1},

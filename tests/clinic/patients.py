@@ -167,8 +167,8 @@ PATIENTS = [
     ),
     Patient(
         "drop storm",
-        "the capacity factor is 0.25",
-        lambda seed: train(patient(seed, aux_loss_weight=0.01, capacity_factor=0.25), seed=seed),
+        "the capacity factor is 0.5",
+        lambda seed: train(patient(seed, aux_loss_weight=0.01, capacity_factor=0.5), seed=seed),
         ("starvation",),
     ),
     Patient(

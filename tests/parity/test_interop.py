@@ -168,7 +168,7 @@ def test_in_bfloat16_outputs_differ_by_its_precision_where_the_same_experts_are_
     (y, routing), (_, _, indices) = moe(x), block.gate(x)
     same = (routing.expert_indices == indices.view(4, 50, -1)).all(-1)
     assert same.float().mean() > 0.9 and y.dtype == torch.bfloat16
-    assert gap(y[same], block(x)[same]) <= 2**-5 * y.abs().max().item()
+    assert gap(y[same], block(x)[same]) <= 2**-5 * min(1, y.abs().max().item())
 
 
 def test_switchs_dropout_and_jitter_are_carried_over():

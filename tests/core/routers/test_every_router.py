@@ -16,7 +16,7 @@ from moe_core.experts.zero_computation import ffn_routing
 from moe_core.lm import next_token_loss
 from moe_core.routers import ROUTERS
 
-from ..helpers import config, experts_token_by_token, fast, mask, randn, seeded
+from ..helpers import close, config, experts_token_by_token, fast, mask, randn, seeded
 
 NAMES = list(ROUTERS)
 TOP_K = {"switch": 1, "base": 1, "gshard": 2}  # what a router leaves no choice about
@@ -141,9 +141,7 @@ def test_the_contract_holds_and_only_kept_slots_reach_the_output(name, situation
     ffn = seen_by_experts(moe, routing)
     assert torch.equal(moe.experts(x, ffn), moe.experts(x, seen_by_experts(moe, other)))
     if x.dtype == torch.float64:
-        assert torch.allclose(
-            moe.experts(x, ffn), experts_token_by_token(moe.experts, x, ffn), atol=1e-10, rtol=1e-10
-        )
+        assert close(moe.experts(x, ffn), experts_token_by_token(moe.experts, x, ffn))
     if not situation.training:
         again = moe(x, padding_mask, token_ids)
         assert torch.equal(again[0], y) and torch.equal(

@@ -23,4 +23,6 @@ def pytest_collection_modifyitems(items):
     """The cells of a notebook run in order in one kernel: with ``--dist loadgroup`` on one worker."""
     for item in items:
         if item.path.suffix == ".ipynb":
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix()))
+            item.add_marker(
+                pytest.mark.xdist_group(item.path.relative_to(item.config.rootpath).as_posix())
+            )

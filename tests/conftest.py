@@ -29,7 +29,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Tests with several processes of their own run one after another: with ``--dist loadgroup`` on one worker."""
     for item in items:
-        if "gangs" in item.fixturenames or item.get_closest_marker("processes"):
+        if "gangs" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.processes)
+        if item.get_closest_marker("processes"):
             item.add_marker(pytest.mark.xdist_group("processes"))
 
 

@@ -9,7 +9,6 @@ from moe_core import MixtureOfExperts
 
 from .helpers import close, config, randn, seeded
 
-
 pytestmark = pytest.mark.own_bits
 
 

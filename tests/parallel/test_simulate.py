@@ -312,8 +312,7 @@ def test_the_rest_of_a_compiled_step_stays_compiled_and_gives_the_same():
     moe, xs = layer("topk").double(), tokens((2, 3), (1, 4))
     run = lambda moe, xs: simulate(moe, xs, round_robin(4, 2))[:2]
     assert_same(
-        everything(moe, xs, torch.compile(run, backend="aot_eager")),
-        everything(moe, xs, run),
+        everything(moe, xs, torch.compile(run, backend="aot_eager")), everything(moe, xs, run)
     )
 
 

@@ -61,9 +61,7 @@ def test_the_table_has_a_row_for_every_preset_and_tells_all_but_twins_apart():
     assert list(rows) == list(PRESETS)
     told_apart = {
         tuple(
-            vars(
-                replace(facts, top_k=0, least=0.0, most=0.0, scale=round(facts.scale, 3))
-            ).items()
+            vars(replace(facts, top_k=0, least=0.0, most=0.0, scale=round(facts.scale, 3))).items()
         )
         for facts in rows.values()
     }

@@ -154,15 +154,16 @@ PATIENTS = [
     ),
     Patient(
         "load imbalance",
-        "one expert per token, no balance loss, and a liking for expert 5 that is not enough for a collapse",
-        lambda seed: train(_with_bias(seed, 5, 0.4, n_experts=16, top_k=1), seed=seed),
+        "one of 64 experts per token, no balance loss, and a liking for expert 5 that is not enough for a collapse",
+        lambda seed: train(_with_bias(seed, 5, 0.4, n_experts=64, top_k=1), seed=seed),
         ("starvation",),
     ),
     Patient(
         "oscillating bias",
         "bias_update_rate is 0.065, 65 times the paper's",
         lambda seed: train(
-            patient(seed, router="loss_free", router_options=dict(bias_update_rate=0.065)), seed=seed
+            patient(seed, router="loss_free", router_options=dict(bias_update_rate=0.065)),
+            seed=seed,
         ),
     ),
     Patient(

@@ -30,13 +30,10 @@ def topk(**rule):
 
 
 def test_a_dropless_token_depends_on_nothing_else_not_even_in_the_last_bit():
-    """Exact on every processor: the weights and tokens are short numbers, so that logits have no rounding."""
     nothing = Effect(max_change=0.0, rerouted=0.0, depends=False)
-    router = topk()
-    with torch.no_grad():
-        router.weight.copy_((64 * router.weight).round() / 64)
-    found = probe(router, (16 * X).round() / 16, tolerance=0)
+    found = probe(topk(), X, tolerance=0)  # of the same shapes, row by row: exact on every processor
     assert found.later_tokens == found.earlier_tokens == found.other_sequences == nothing
+    found = probe(topk(), X)  # of other shapes too: but for rounding
     assert found.causal and found.batch_invariant and found.streams
 
 

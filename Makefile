@@ -1,24 +1,34 @@
-# Two commands: `make book` and `make test`. Everything else is a convenience.
+# Two commands: `make book` and `make test`, and `make check` while working. Everything else is a convenience.
 VENV ?= .venv
 PORT ?= 8000
 SERVE ?= 1
+WORKERS ?= 2
 SHELL := /bin/bash
 PY := $(VENV)/bin/python
 # The environment is made again when what it should hold changes, or where it stands: the sum is the stamp's name.
 READY := $(VENV)/ready-$(shell { cat requirements.txt pyproject.toml setup.py book/tools/bootstrap.py; pwd; } | cksum | cut -d ' ' -f 1)
 PYTHON ?=
 NBVAL := --nbval --nbval-current-env --nbval-cell-timeout=120
+# A process for each worker, with one thread each (tests/conftest.py); the cells of a notebook and what starts processes stay together.
+SPREAD := -n $(WORKERS) --dist loadgroup
 HTML := _build/html
 
-.PHONY: help book build test browser lab chapters bench repo clean
+.PHONY: help book build test check browser lab chapters bench repo clean
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1|/p' Makefile | awk -F '|' '{ printf "  %-14s %s\n", $$1, $$2 }'
 
 book: build ## build the book and serve it at http://127.0.0.1:8000 (SERVE=0 only builds, PORT= another port)
 	@if [ "$(SERVE)" != 0 ]; then exec $(PY) book/tools/serve.py $(HTML) $(PORT); fi
 
-test: build browser ## run everything: unit tests, every notebook, the browser tests
-	@$(PY) -m pytest $(NBVAL) tests book/chapters book/solutions
+test: build browser ## run everything: unit tests, every notebook, the browser tests; 15 minutes on 2 cores (WORKERS=8 on 8)
+	@$(PY) -m pytest $(NBVAL) $(SPREAD) tests book/chapters book/solutions
+
+# What is left out of the core here starts processes or a compiler.
+check: $(READY) ## while working: form, imports, the core and one chapter, in 90 seconds
+	@$(PY) -m ruff format --check --quiet . || { $(PY) -m ruff format --check .; echo "Run: ruff format ." >&2; exit 1; }
+	@$(PY) -m ruff check --quiet .
+	@$(VENV)/bin/lint-imports
+	@$(PY) -m pytest $(NBVAL) $(SPREAD) -m "not processes and not own_bits" tests/core book/chapters/01-an-moe-on-one-page.ipynb
 
 lab: $(READY) ## open JupyterLab on the chapters
 	@$(PY) -m jupyterlab --ServerApp.root_dir=book --LabApp.default_url=/lab/tree/chapters $(if $(filter 0,$(shell id -u)),--allow-root)

@@ -8,6 +8,44 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--last-bits",
+        type=int,
+        metavar="SEED",
+        help="end sums on other last bits: tests/last_bits.py",
+    )
+
+
+def pytest_configure(config):
+    for line in (
+        "own_bits: compares with code that --last-bits cannot reach",
+        "processes: starts several processes that work together",
+    ):
+        config.addinivalue_line("markers", line)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items):
+    """Tests with several processes of their own run one after another: with ``--dist loadgroup`` on one worker."""
+    for item in items:
+        if "gangs" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.processes)
+        if item.get_closest_marker("processes"):
+            item.add_marker(pytest.mark.xdist_group("processes"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    seed = item.config.getoption("--last-bits")
+    if seed is None or item.get_closest_marker("own_bits"):
+        return (yield)
+    from tests.last_bits import LastBits
+
+    with LastBits(seed):
+        return (yield)
+
+
 @pytest.fixture(scope="session")
 def gangs():
     """gangs(R): R real processes that wait for programs; made when first asked for, and ended with the tests."""

@@ -13,10 +13,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-PATIENCE, GRACE = (
-    120,
-    5,
-)  # seconds until a program that does not come back is given up, and after another rank failed
+# Seconds until a program that does not come back is given up, and after another rank failed: limits for what hangs, not measures of speed.
+PATIENCE, GRACE = 600, 5
 
 
 class Gang:
@@ -25,7 +23,7 @@ class Gang:
     program must be importable by name, and argument and results picklable. Programs that end with an error raise it here.
     """
 
-    def __init__(self, n_ranks: int, timeout: float = 60.0):
+    def __init__(self, n_ranks: int, timeout: float = 300.0):
         self.n_ranks = n_ranks
         self.closed = False
         self._folder = tempfile.TemporaryDirectory()

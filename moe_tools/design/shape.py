@@ -11,6 +11,7 @@ from .rules import Choice, choice
 ASPECT, WIDTH = 94, 3.3  # rule "shape": d_model / layers, and width of the active MLP / d_model
 TOLERANCE = 0.05  # of the active parameters asked for
 TIED_ABOVE = 0.2  # rule "tied head"
+ROUNDS = 4  # of the search for a total
 SPARSITY = 16  # rule "sparsity"
 TOP_KS = (8, 4, 2)
 
@@ -78,7 +79,12 @@ def choose_shape(budget: Budget, active: float) -> Shape:
             break
     if budget.total is None:
         return shape
-    return find_shape(active, budget.vocab_size, top_k, shared, _experts_for(shape, budget))
+    tried = []
+    for _ in range(ROUNDS):  # with another number of experts the rest has other sizes
+        n_experts = _experts_for(shape, budget)
+        shape = find_shape(active, budget.vocab_size, top_k, shared, n_experts)
+        tried.append(shape)
+    return min(tried, key=lambda shape: abs(shape.spec.total_params - budget.total))
 
 
 def find_shape(

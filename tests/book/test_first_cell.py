@@ -145,7 +145,7 @@ def test_first_cell_brings_the_book_and_leaves_torch_alone(project, bare, tmp_pa
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=300,
+        timeout=900,
     )
     assert ran.returncode == 0 and "Traceback" not in ran.stdout, ran.stdout + ran.stderr
     where = dict(re.findall(r"^(CORE|BOOK|TORCH) (.+)$", ran.stdout, re.M))

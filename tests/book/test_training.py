@@ -18,6 +18,8 @@ MOE = LMConfig(
     moe=MoEConfig(d_model=16, d_ff=16, n_experts=4, top_k=2, aux_loss_weight=0.01),
 )
 CONFIGS = {"moe": MOE, "dense": MOE.dense_twin()}
+# A model that knows nothing. Twenty batches gave 5.45 to 5.56; another processor draws other weights.
+IGNORANT = pytest.approx(math.log(256), abs=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def run(config, text, steps=30, **changes):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_thirty_steps_lower_the_loss(kind, text):
     model, history = run(CONFIGS[kind], text)
-    assert history.loss[0] == pytest.approx(math.log(256), abs=0.1)
+    assert history.loss[0] == IGNORANT
     assert history.valid_loss[-1] < 4.0
     assert history.step == list(range(1, 31)) and history.eval_step == [30]
     assert (
@@ -80,7 +82,7 @@ def test_a_moe_logs_the_load_of_each_layer_and_a_dense_model_none(text):
 
 def test_the_auxiliary_loss_is_trained_on_and_logged_apart(text):
     _, history = run(MOE, text, steps=1)
-    assert history.loss[0] == pytest.approx(math.log(256), abs=0.1)  # cross-entropy alone
+    assert history.loss[0] == IGNORANT  # cross-entropy alone
     assert history.aux_loss[0] == pytest.approx(0.02, rel=0.2)  # two layers near balance, 0.01 each
 
 

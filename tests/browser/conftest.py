@@ -4,6 +4,7 @@ The book is built when it is missing or older than its sources; MOE_BOOK_HTML na
 Chromium skips these tests, except in continuous integration, where they fail.
 """
 
+import fcntl
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = pytest.StashKey[dict]()
+PATIENCE = 300_000  # milliseconds: a limit for what hangs, not a measure of speed
 IGNORED = {"vendor", "__pycache__", ".ipynb_checkpoints", "runs"}
 
 
@@ -68,22 +69,19 @@ def site() -> Path:
     if given := os.environ.get("MOE_BOOK_HTML"):
         return Path(given).resolve()
     html = ROOT / "_build/html"
-    if _is_stale(html / "index.html"):
-        build = [
-            sys.executable,
-            "-m",
-            "jupyter_book.cli.main",
-            "build",
-            ".",
-            "-n",
-            "-W",
-            "--keep-going",
-            "-q",
-        ]
-        done = subprocess.run(
-            build, cwd=ROOT, capture_output=True, text=True, stdin=subprocess.DEVNULL
-        )
-        assert done.returncode == 0, f"the book did not build:\n{done.stdout}{done.stderr}"
+    html.parent.mkdir(exist_ok=True)
+    with open(html.parent / "tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the other worker waits, and finds it built
+        if _is_stale(html / "index.html"):
+            command = "-m jupyter_book.cli.main build . -n -W --keep-going -q"
+            done = subprocess.run(
+                [sys.executable, *command.split()],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+            )
+            assert done.returncode == 0, f"the book did not build:\n{done.stdout}{done.stderr}"
     return html
 
 
@@ -136,19 +134,28 @@ class Visit:
 
 @pytest.fixture
 def visit(browser, site, page_name):
-    """visit(**context options) opens the page under test and returns a Visit."""
+    """visit(**context options) opens the page under test and returns a Visit.
+
+    still_clock=True gives the page a clock that stands: its timers go off when ``page.clock.run_for(milliseconds)`` says so.
+    """
     contexts = []
 
-    def go(**options) -> Visit:
+    def go(still_clock=False, **options) -> Visit:
         contexts.append(
             browser.new_context(
                 **{"viewport": {"width": 1280, "height": 900}, "offline": True, **options}
             )
         )
-        contexts[-1].set_default_timeout(60_000)
+        contexts[-1].set_default_timeout(PATIENCE)
+        if still_clock:
+            contexts[-1].clock.install()
         path = site / f"{page_name}.html"
         assert path.exists(), f"{page_name} is in the table of contents, but not in the built book"
-        return Visit(contexts[-1], path)
+        seen = Visit(contexts[-1], path)
+        if still_clock:
+            seen.explorers()  # drawn while time passes
+            seen.page.clock.pause_at(seen.page.evaluate("Date.now() / 1000 + 1"))
+        return seen
 
     yield go
     for context in contexts:
@@ -156,15 +163,17 @@ def visit(browser, site, page_name):
 
 
 @pytest.fixture
-def record_step(request):
+def record_step(record_property):
     """record_step(name, milliseconds) keeps a measured time for the summary at the end."""
-    return request.config.stash.setdefault(STEPS, {}).__setitem__
+    return lambda name, milliseconds: record_property("step", (name, milliseconds))
 
 
-def pytest_terminal_summary(terminalreporter, config):
-    if steps := config.stash.get(STEPS, None):
+def pytest_terminal_summary(terminalreporter):
+    reports = terminalreporter.stats.get("passed", [])  # from all workers
+    steps = [value for report in reports for key, value in report.user_properties if key == "step"]
+    if steps:
         terminalreporter.section(
             "from a slider's step to its figure, median in ms (measured, not asserted)"
         )
-        for name, milliseconds in steps.items():
+        for name, milliseconds in steps:
             terminalreporter.write_line(f"{milliseconds:6.1f}  {name}")

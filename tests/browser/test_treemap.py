@@ -10,6 +10,8 @@ from moe_book import figures
 from moe_book.explorer import Explorer
 from moe_tools.accounting.published import MODELS
 
+from .conftest import PATIENCE
+
 PAGE = '<!doctype html><meta charset="utf-8"><script src="explorer.js"></script>{}'
 
 
@@ -27,6 +29,7 @@ def test_the_table_has_a_row_for_each_tile(browser, tmp_path):
         PAGE.format(explorer._repr_mimebundle_()[0]["text/html"]), "utf8"
     )
     page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
     try:
         page.goto((tmp_path / "page.html").as_uri())
         page.locator(".moe-drawn[data-frame]").wait_for()

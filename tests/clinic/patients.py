@@ -118,7 +118,7 @@ def _ranks(slow_rank: int | None = None, bytes_per_second: float = 1e9):
     def measure(model, tokens, routings):
         load_E = torch.stack([routing.tokens_per_expert for routing in routings]).sum(0)
         rows = load_E.view(4, -1).sum(1).tolist()
-        seconds = [1e-6 * r * (2.5 if rank == slow_rank else 1) for rank, r in enumerate(rows)]
+        seconds = [1e-6 * r * (4 if rank == slow_rank else 1) for rank, r in enumerate(rows)]
         moved = (
             4 * max(rows) * 3 / 4 * TRUNK["d_model"] * 4
         )  # dispatch and combine, forward and backward, 3/4 of float32 rows leave
@@ -154,21 +154,22 @@ PATIENTS = [
     ),
     Patient(
         "load imbalance",
-        "one expert per token, no balance loss, and a liking for expert 5 that is not enough for a collapse",
-        lambda seed: train(_with_bias(seed, 5, 0.4, n_experts=16, top_k=1), seed=seed),
+        "one of 64 experts per token, no balance loss, and a liking for expert 5 that is not enough for a collapse",
+        lambda seed: train(_with_bias(seed, 5, 0.4, n_experts=64, top_k=1), seed=seed),
         ("starvation",),
     ),
     Patient(
         "oscillating bias",
-        "bias_update_rate is 0.1, a hundred times the paper's",
+        "bias_update_rate is 0.065, 65 times the paper's",
         lambda seed: train(
-            patient(seed, router="loss_free", router_options=dict(bias_update_rate=0.1)), seed=seed
+            patient(seed, router="loss_free", router_options=dict(bias_update_rate=0.065)),
+            seed=seed,
         ),
     ),
     Patient(
         "drop storm",
-        "the capacity factor is 0.25",
-        lambda seed: train(patient(seed, aux_loss_weight=0.01, capacity_factor=0.25), seed=seed),
+        "the capacity factor is 0.5",
+        lambda seed: train(patient(seed, aux_loss_weight=0.01, capacity_factor=0.5), seed=seed),
         ("starvation",),
     ),
     Patient(
@@ -184,8 +185,9 @@ PATIENTS = [
     ),
     Patient(
         "logit drift",
-        "the router learns a hundred times as fast, and there is no z-loss",
-        lambda seed: train(patient(seed, aux_loss_weight=0.01), seed=seed, router_lr=100),
+        "the router learns 200 times as fast, and there is no z-loss",
+        lambda seed: train(patient(seed, aux_loss_weight=0.05), seed=seed, router_lr=200),
+        ("starvation",),
     ),
     Patient("bf16 router", "the router computes in bfloat16", _bf16),
     Patient(
@@ -225,7 +227,7 @@ PATIENTS = [
     ),
     Patient(
         "straggler rank",
-        "rank 2 is 2.5 times as slow (simulated)",
+        "rank 2 is 4 times as slow (simulated)",
         lambda seed: train(
             patient(seed, aux_loss_weight=0.01), seed=seed, measure=_ranks(slow_rank=2)
         ),

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -17,6 +18,33 @@ fast = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
 )
+
+
+# What rounding may do to a result, relative to its largest value. Processors add in other orders, and n terms in another order are off
+# by up to n/2 units in the last place. The sums here have some hundred terms, one after the other: 84 units in float32. The coarse types
+# add in float32 and round each result: 10 units for a chain of such results. float64 has digits to spare: 45 thousand units.
+RTOL = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+
+
+def close(found, expected, *, size=0.0, dtype=None) -> bool:
+    """Equal but for rounding, whatever processor computed it: no further apart than RTOL times the largest value expected.
+
+    What the same operations compute in the same order from the same shapes is equal bit by bit (``torch.equal``), and so is what is only
+    moved or counted.
+
+    Args:
+        size: of the numbers that were added up, where they may cancel; the largest value expected, if that is more.
+        dtype: the coarsest type on the way, where that is not the result's own.
+    """
+    assert found.dtype == expected.dtype, (found.dtype, expected.dtype)
+    finite = expected.detach()[expected.isfinite()].abs()
+    largest = max(size, finite.max().item() if finite.numel() else 0.0)
+    return torch.allclose(found, expected, rtol=0, atol=RTOL[dtype or expected.dtype] * largest)
+
+
+def about(value, *, size=0.0):
+    """A number, or a list of them, that was computed in float32: equal but for rounding. size: as for ``close``, where numbers cancel."""
+    return pytest.approx(value, rel=RTOL[torch.float32], abs=RTOL[torch.float32] * size)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from moe_core import CapacityRule, MixtureOfExperts, MoEConfig, TopKRouter, capacity, metrics
 from moe_core.capacity import DROP_POLICIES
 
-from .helpers import Case, cases, config, fast, randn, routing_of, seeded
+from .helpers import Case, cases, close, config, fast, randn, routing_of, seeded
 
 
 def test_the_number_alone_is_the_rule_with_that_factor():
@@ -110,7 +110,7 @@ def test_the_overflow_weight_is_what_the_dropped_slots_would_have_weighed():
     weights = torch.tensor([[[0.7, 0.3], [0.6, 0.4], [0.9, 0.1]]])
     before = routing_of([[[0, 1], [0, 2], [1, 0]]], 3, weights=weights)
     after = capacity.apply(before, expert_capacity=1, overflow="shared").check()
-    torch.testing.assert_close(after.overflow_weight, torch.tensor([[0.0, 0.6, 1.0]]))
+    assert close(after.overflow_weight, torch.tensor([[0.0, 0.6, 1.0]]))
     assert not capacity.apply(before, expert_capacity=1).overflow_weight.any()
     assert not before.overflow_weight.any()
 
@@ -133,9 +133,7 @@ def test_with_no_place_anywhere_the_shared_expert_does_all_the_work_and_the_rout
     )
     x = randn(2, 5, 8)
     y, routing = moe(x)
-    torch.testing.assert_close(
-        y, (1 + routing.expert_weights.sum(-1, keepdim=True)) * moe.shared_experts(x)
-    )
+    assert close(y, (1 + routing.expert_weights.sum(-1, keepdim=True)) * moe.shared_experts(x))
     y.square().sum().backward()
     assert moe.router.weight.grad.abs().max() > 1e-4
 
@@ -156,7 +154,7 @@ def test_a_dropped_slot_adds_exactly_zero_unless_the_overflow_is_shared():
     assert torch.equal(routing.capacity_mask, shared_routing.capacity_mask)
     nobody = ~routing.capacity_mask.any(-1)
     assert nobody.any() and torch.equal(y[nobody], dropping.shared_experts(x)[nobody])
-    torch.testing.assert_close(
+    assert close(
         y_shared[nobody], 2 * dropping.shared_experts(x)[nobody]
     )  # the weights of a token sum to 1
 

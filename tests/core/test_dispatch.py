@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_core import DispatchPlan, DropReason, MixtureOfExperts, ReLURouter
 
-from .helpers import cases, config, fast, randn, routing_of, seeded
+from .helpers import cases, close, config, fast, randn, routing_of, seeded
 
 
 def random_routing(case, **changes):
@@ -55,14 +55,14 @@ def test_combine_equals_a_loop_over_tokens_forward_and_backward(case):
             0, torch.tensor([slot // case.K]), (weights.flatten()[slot] * rows[row]).unsqueeze(0)
         )
     expected, got = expected.view(case.B, case.N, 3), plan.combine(rows, weights)
-    assert torch.allclose(got, expected, atol=1e-12, rtol=0)
+    assert close(got, expected)
     probe = randn(case.B, case.N, 3, seed=1, dtype=torch.float64)
     if len(rows):
         for a, b in zip(
             torch.autograd.grad(got, (rows, weights), probe),
             torch.autograd.grad(expected, (rows, weights), probe),
         ):
-            assert torch.allclose(a, b, atol=1e-12, rtol=0)
+            assert close(a, b)
 
 
 @fast
@@ -71,9 +71,7 @@ def test_combining_what_was_gathered_gives_each_token_times_the_sum_of_its_kept_
     routing, x = random_routing(case), case.x(torch.float64)
     plan = DispatchPlan(routing)
     kept = (routing.expert_weights * routing.capacity_mask).sum(-1, keepdim=True)
-    assert torch.allclose(
-        plan.combine(plan.gather(x), routing.expert_weights), x * kept, atol=1e-12, rtol=0
-    )
+    assert close(plan.combine(plan.gather(x), routing.expert_weights), x * kept)
 
 
 def test_a_token_without_a_kept_slot_gets_exactly_zero_even_from_infinite_rows():
@@ -142,7 +140,7 @@ def test_a_static_plan_gives_what_an_exact_one_gives_forward_and_backward(case):
         )
     assert len(rows) == routing.expert_indices.numel()  # a row for every slot
     for exact, static in zip(*results):
-        assert torch.allclose(exact, static, atol=1e-12, rtol=0)
+        assert close(exact, static)
 
 
 def test_a_static_plans_rows_without_a_kept_slot_are_zeros_at_the_end_and_the_last_experts():

@@ -13,7 +13,16 @@ from moe_core import Experts, FeedForward, TopKRouter
 from moe_core.experts import BACKENDS
 from moe_core.experts.activations import ACTIVATIONS, PULLBACKS, Activation
 
-from .helpers import cases, experts_token_by_token, fast, mlp_of_expert, randn, routing_of, seeded
+from .helpers import (
+    cases,
+    close,
+    experts_token_by_token,
+    fast,
+    mlp_of_expert,
+    randn,
+    routing_of,
+    seeded,
+)
 
 
 def bank(d_model=8, d_ff=16, n_experts=4, **options) -> Experts:
@@ -63,9 +72,7 @@ def test_experts_equal_the_formula_token_by_token(activation, glu):
         randn(2, 5, 8, dtype=torch.float64),
     )
     routing = seeded(TopKRouter, 8, 4, 2)(x)
-    assert torch.allclose(
-        experts(x, routing), experts_token_by_token(experts, x, routing), atol=1e-12, rtol=0
-    )
+    assert close(experts(x, routing), experts_token_by_token(experts, x, routing))
 
 
 @each_backend
@@ -73,9 +80,7 @@ def test_experts_equal_the_formula_token_by_token(activation, glu):
 def test_clamps_offsets_and_biases_equal_the_formula(options, backend):
     experts, x = bank(**options, backend=backend), 3 * randn(2, 5, 8)
     routing = seeded(TopKRouter, 8, 4, 2)(x)
-    assert torch.allclose(
-        experts(x, routing), experts_token_by_token(experts, x, routing), atol=1e-5
-    )
+    assert close(experts(x, routing), experts_token_by_token(experts, x, routing))
 
 
 @pytest.mark.parametrize("glu", [True, False])
@@ -90,9 +95,7 @@ def test_the_derivative_of_each_activation_is_that_of_autograd(name, glu):
         out = activation(h)
         (expected,) = torch.autograd.grad(out, h, grad)
         got, again = activation.pullback(grad.clone(), h.detach())
-        assert torch.allclose(got, expected, atol=1e-12, rtol=0) and torch.allclose(
-            again, out, atol=1e-12, rtol=0
-        )
+        assert close(got, expected) and close(again, out)
     assert set(PULLBACKS) == set(ACTIVATIONS)
 
 
@@ -102,7 +105,7 @@ def test_experts_equal_the_formula_whatever_the_routing(case):
     experts, x = bank(case.D, 3, case.E).double(), case.x(torch.float64)
     routing = case.router()(x, case.padding_mask())
     expected = experts_token_by_token(experts, x, routing)
-    assert torch.allclose(experts(x, routing), expected, atol=1e-12, rtol=0)
+    assert close(experts(x, routing), expected)
     assert (experts(x, routing)[~routing.capacity_mask.any(-1)] == 0).all()
 
 
@@ -113,8 +116,8 @@ def test_the_activations_are_what_they_are_called():
         0,
         9,
     ]
-    assert torch.allclose(ACTIVATIONS["silu"](h), h / (1 + (-h).exp()))
-    assert torch.allclose(ACTIVATIONS["gelu"](h), h * 0.5 * (1 + torch.erf(h / 2**0.5)))
+    assert close(ACTIVATIONS["silu"](h), h / (1 + (-h).exp()))
+    assert close(ACTIVATIONS["gelu"](h), h * 0.5 * (1 + torch.erf(h / 2**0.5)))
 
 
 def test_weights_lie_as_the_ecosystem_keeps_them():
@@ -136,8 +139,8 @@ def test_a_feed_forward_is_one_expert():
     with torch.no_grad():
         experts.gate_up_proj[0], experts.down_proj[0] = ff.gate_up_proj.weight, ff.down_proj.weight
     x = randn(2, 3, 8)
-    assert torch.allclose(ff(x), experts(x, routing_of(torch.zeros(2, 3, 1), 1)), atol=1e-6)
-    assert torch.allclose(ff(x)[0, 0], mlp_of_expert(experts, 0, x[0, 0]), atol=1e-6)
+    assert close(ff(x), experts(x, routing_of(torch.zeros(2, 3, 1), 1)))
+    assert close(ff(x)[0, 0], mlp_of_expert(experts, 0, x[0, 0]))
 
 
 def test_experts_start_different_within_the_bounds_of_linear():
@@ -208,7 +211,7 @@ def test_expanded_and_scattered_inputs_and_gradients(backend, capacity_factor):
             y.sum().backward()  # an expanded gradient
             results.append((y, values.grad))
         for a, b in zip(*results):
-            assert torch.allclose(a, b, atol=1e-6)
+            assert close(a, b)
 
 
 @each_fast
@@ -262,7 +265,7 @@ def test_dropout_drops_hidden_values_in_training_only(backend):
         torch.nn.Parameter(torch.full((4, n), float(n == 512))) for n in (512, 8)
     )
     routing = seeded(TopKRouter, 8, 4, 1, norm_topk_prob=True)(x)
-    assert torch.allclose(experts.eval()(x, routing), torch.ones(1, 4, 8), atol=1e-5)
+    assert close(experts.eval()(x, routing), torch.ones(1, 4, 8))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         y = experts.train()(x, routing)
@@ -277,7 +280,7 @@ def test_dropout_drops_hidden_values_in_training_only(backend):
             loop = agree_experts(x, routing)
             torch.manual_seed(seed)
             agree_experts.backend = backend
-            assert torch.allclose(agree_experts(x, routing), loop, atol=1e-6)
+            assert close(agree_experts(x, routing), loop)
 
 
 @each_backend
@@ -287,7 +290,7 @@ def test_all_tokens_to_one_expert_is_that_expert(backend):
     expected = torch.stack([mlp_of_expert(experts, 2, token) for token in x.flatten(0, 1)]).view(
         2, 3, 8
     )
-    assert torch.allclose(y, expected, atol=1e-6)
+    assert close(y, expected)
 
 
 @each_backend
@@ -368,7 +371,7 @@ def test_renaming_the_experts_changes_no_output(backend):
             experts.down_proj,
         )
     y = renamed(x, replace(routing, expert_indices=new_name[routing.expert_indices]))
-    assert torch.allclose(y, experts(x, routing), atol=1e-6)
+    assert close(y, experts(x, routing))
 
 
 # The rest
@@ -382,7 +385,7 @@ def test_drop_path_skips_whole_sequences_in_training_and_scales_the_others():
         torch.manual_seed(0)
         dropped = experts.train()(x, routing)
     skipped = (dropped == 0).flatten(1).all(1)
-    assert torch.allclose(dropped[~skipped], plain[~skipped] / 0.75, rtol=1e-6)
+    assert close(dropped[~skipped], plain[~skipped] / 0.75)
     assert 70 <= skipped.sum() <= 130  # 100 on average, standard deviation 8.7
     assert torch.equal(experts.eval()(x, routing), plain)
 
@@ -408,7 +411,5 @@ def test_forward_changes_neither_input_nor_weights():
 def test_a_feed_forward_takes_any_leading_shape():
     ff = seeded(FeedForward, 8, 12, activation="gelu", glu=False)
     x = randn(2, 3, 8)
-    assert torch.allclose(
-        ff(x), F.gelu(x @ ff.gate_up_proj.weight.T) @ ff.down_proj.weight.T, atol=1e-6
-    )
+    assert close(ff(x), F.gelu(x @ ff.gate_up_proj.weight.T) @ ff.down_proj.weight.T)
     assert ff(x[0, 0]).shape == (8,)

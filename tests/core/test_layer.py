@@ -8,7 +8,7 @@ from hypothesis import given
 
 from moe_core import FeedForward, MixtureOfExperts
 
-from .helpers import cases, config, experts_token_by_token, fast, randn, seeded
+from .helpers import cases, close, config, experts_token_by_token, fast, randn, seeded
 
 
 def layer(**changes) -> MixtureOfExperts:
@@ -34,7 +34,7 @@ def test_the_layer_is_the_weighted_sum_of_experts_and_the_shared_ones(case):
     x = case.x(torch.float64)
     y, routing = moe(x, case.padding_mask())
     expected = experts_token_by_token(moe.experts, x, routing.check()) + moe.shared_experts(x)
-    assert torch.allclose(y, expected, atol=1e-12, rtol=0)
+    assert close(y, expected)
 
 
 def test_one_expert_is_a_feed_forward_layer():
@@ -48,8 +48,8 @@ def test_one_expert_is_a_feed_forward_layer():
     ff(x).square().sum().backward()
     y, _routing = moe(x2)
     y.square().sum().backward()
-    assert torch.allclose(y, ff(x), atol=1e-6) and torch.allclose(x2.grad, x.grad, atol=1e-5)
-    assert torch.allclose(moe.experts.down_proj.grad[0], ff.down_proj.weight.grad, atol=1e-5)
+    assert close(y, ff(x)) and close(x2.grad, x.grad)
+    assert close(moe.experts.down_proj.grad[0], ff.down_proj.weight.grad)
 
 
 def test_experts_that_are_all_alike_make_the_router_irrelevant():
@@ -61,7 +61,7 @@ def test_experts_that_are_all_alike_make_the_router_irrelevant():
         )
     before = moe(x)[0]
     torch.nn.init.normal_(moe.router.weight)
-    assert torch.allclose(moe(x)[0], before, atol=1e-6)
+    assert close(moe(x)[0], before)
 
 
 @pytest.mark.parametrize("backend", ["loop", "grouped"])
@@ -87,7 +87,7 @@ def test_padding_gets_exactly_zero_and_sends_no_gradient():
     y, _routing = moe(x, padding_mask)
     y.sum().backward()
     assert (y[~padding_mask] == 0).all() and (x.grad[~padding_mask] == 0).all()
-    assert torch.allclose(y[padding_mask], moe(x)[0][padding_mask], atol=1e-6)
+    assert close(y[padding_mask], moe(x)[0][padding_mask])
 
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
@@ -121,9 +121,9 @@ def test_a_tokens_output_does_not_depend_on_its_neighbours_when_dropless(backend
     moe, x = layer(backend=backend), randn(3, 5, 8)
     together = moe(x)[0]
     for b in range(3):
-        assert torch.allclose(moe(x[b : b + 1])[0][0], together[b], atol=1e-6)
-    assert torch.allclose(moe(x[:, 2:3])[0], together[:, 2:3], atol=1e-6)
-    assert torch.allclose(moe(x.flip(0, 1))[0].flip(0, 1), together, atol=1e-6)
+        assert close(moe(x[b : b + 1])[0][0], together[b])
+    assert close(moe(x[:, 2:3])[0], together[:, 2:3])
+    assert close(moe(x.flip(0, 1))[0].flip(0, 1), together)
 
 
 def test_experts_see_no_jitter():
@@ -174,9 +174,7 @@ def test_autocast_computes_the_experts_in_bfloat16_and_returns_the_inputs_dtype(
 def test_strides_do_not_matter():
     moe, x = layer(n_shared_experts=1), randn(2, 3, 8)
     assert torch.equal(moe(x.transpose(0, 2).contiguous().transpose(0, 2))[0], moe(x)[0])
-    assert torch.allclose(
-        moe(x[:, :1].expand(2, 3, 8))[0], moe(x[:, :1].repeat(1, 3, 1))[0], atol=1e-6
-    )
+    assert close(moe(x[:, :1].expand(2, 3, 8))[0], moe(x[:, :1].repeat(1, 3, 1))[0])
 
 
 def test_no_grad_gives_the_same_numbers_and_no_graph():

@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from moe_core import FeedForward, LanguageModel, LMConfig, MixtureOfExperts
 from moe_core.lm import CausalAttention, next_token_loss
 
-from .helpers import config, randn, seeded
+from .helpers import about, close, config, randn, seeded
 
 
 def lm_config(**moe) -> LMConfig:
@@ -40,15 +40,13 @@ def test_next_token_loss_of_a_case_by_hand():
     logits = torch.log(torch.tensor([[[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [1 / 3, 1 / 3, 1 / 3]]]))
     # position 0 predicts token 1 (p = 0.2), position 1 predicts token 2 (p = 0.6); position 2 predicts nothing
     expected = -(math.log(0.2) + math.log(0.6)) / 2
-    assert next_token_loss(logits, torch.tensor([[0, 1, 2]])).item() == pytest.approx(
-        expected, rel=1e-6
-    )
+    assert next_token_loss(logits, torch.tensor([[0, 1, 2]])).item() == about(expected)
 
 
 def test_next_token_loss_of_even_logits_is_the_logarithm_of_the_vocabulary():
     assert next_token_loss(
         torch.zeros(2, 5, 256), torch.zeros(2, 5, dtype=torch.int64)
-    ).item() == pytest.approx(math.log(256))
+    ).item() == about(math.log(256))
 
 
 def test_next_token_loss_is_float32_for_bfloat16_logits():
@@ -72,7 +70,7 @@ def test_a_later_token_never_changes_earlier_logits_when_dropless(dense, changed
     lm, seen, other = model(cfg.dense_twin() if dense else cfg).double(), tokens(), tokens()
     other[:, changed] = (other[:, changed] + 1) % 32
     a, b = lm(seen)[0], lm(other)[0]
-    assert torch.allclose(a[:, :changed], b[:, :changed], atol=1e-12, rtol=0)
+    assert close(a[:, :changed], b[:, :changed])
     assert (a[:, changed:] - b[:, changed:]).abs().amax(
         -1
     ).min() > 1e-6  # and the instrument sees a change
@@ -81,12 +79,12 @@ def test_a_later_token_never_changes_earlier_logits_when_dropless(dense, changed
 def test_a_later_token_never_changes_earlier_logits_with_capacity_in_a_batch_of_one():
     lm, seen, other = model(lm_config(capacity_factor=0.5)).double(), tokens(1), tokens(1)
     other[:, 5:] = (other[:, 5:] + 7) % 32
-    assert torch.allclose(lm(seen)[0][:, :5], lm(other)[0][:, :5], atol=1e-12, rtol=0)
+    assert close(lm(seen)[0][:, :5], lm(other)[0][:, :5])
 
 
 def test_a_sequence_does_not_depend_on_the_others_of_its_batch_when_dropless():
     lm = model(lm_config()).double()
-    assert torch.allclose(lm(tokens())[0][1:], lm(tokens()[1:])[0], atol=1e-12, rtol=0)
+    assert close(lm(tokens())[0][1:], lm(tokens()[1:])[0])
 
 
 def test_attention_depends_on_distances_not_on_positions():
@@ -96,9 +94,8 @@ def test_attention_depends_on_distances_not_on_positions():
     scores = rotated(q) @ rotated(k).transpose(-2, -1)
     for distance in (0, 1, 5):
         diagonal = scores.diagonal(-distance, -2, -1)
-        assert torch.allclose(
-            diagonal, diagonal[..., :1].expand_as(diagonal), atol=1e-5
-        )  # the angles are float32
+        same = diagonal[..., :1].expand_as(diagonal)
+        assert close(diagonal, same, dtype=torch.float32)  # the angles are float32
     assert not torch.allclose(scores[..., 5, 4], scores[..., 5, 3], atol=1e-3)
 
 
@@ -114,9 +111,7 @@ def test_the_padding_mask_reaches_every_router():
     padding_mask[1, 5:] = False
     logits, routings = model(lm_config())(tokens(), padding_mask)
     assert all(routing.check().tokens_per_expert.sum() == 26 for routing in routings)
-    assert torch.allclose(
-        logits[padding_mask], model(lm_config())(tokens())[0][padding_mask], atol=1e-5
-    )
+    assert close(logits[padding_mask], model(lm_config())(tokens())[0][padding_mask])
 
 
 def flops(cfg: LMConfig) -> int:
@@ -195,8 +190,8 @@ def test_a_router_that_prescribes_its_start_keeps_it():
         if block in [*noisy.blocks]:
             assert all((weight == 0).all() for weight in router.parameters())
         else:
-            assert torch.allclose(
-                router.weight @ router.weight.T, 0.01 * torch.eye(4), atol=1e-6
+            assert close(
+                router.weight @ router.weight.T, 0.01 * torch.eye(4)
             )  # orthogonal rows of length 0.1
     assert noisy.blocks[0].feed_forward.experts.down_proj.std().item() == pytest.approx(
         0.01, rel=0.2

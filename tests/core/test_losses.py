@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from moe_core import DropReason, losses
 
-from .helpers import cases, fast, randn, routing_of
+from .helpers import about, cases, close, fast, randn, routing_of
 
 OVER, PAD = DropReason.OVER_CAPACITY, DropReason.PADDING
 
@@ -24,9 +24,9 @@ def test_balance_loss_is_1_when_uniform_for_every_k(n_experts, top_k, scope):
     indices = ((token + torch.arange(top_k)) % n_experts).expand(
         2, -1, -1
     )  # each expert gets K slots of each sequence
-    assert losses.load_balance(
-        routing_of(indices, n_experts).check(), scope=scope
-    ).item() == pytest.approx(1, abs=1e-6)
+    assert losses.load_balance(routing_of(indices, n_experts).check(), scope=scope).item() == about(
+        1
+    )
 
 
 @pytest.mark.parametrize("n_experts", [1, 2, 8, 64])
@@ -58,7 +58,7 @@ def test_balance_loss_is_e_over_k_when_all_tokens_share_the_same_k_experts(top_k
     loss = losses.load_balance(
         routing_of(torch.arange(top_k).expand(1, 5, top_k), 8, scores=scores)
     )
-    assert loss.item() == pytest.approx(8 / top_k, rel=1e-6)
+    assert loss.item() == about(8 / top_k)
 
 
 def test_balance_loss_of_a_case_by_hand():
@@ -66,7 +66,7 @@ def test_balance_loss_of_a_case_by_hand():
     # f = (3, 0, 1) / 4; P = (2.0, 1.1, 0.9) / 4; L = 3 * (3*2.0 + 1*0.9) / 16
     assert losses.load_balance(
         routing_of([[[0], [0], [2], [0]]], 3, scores=scores)
-    ).item() == pytest.approx(3 * 6.9 / 16, rel=1e-6)
+    ).item() == about(3 * 6.9 / 16)
 
 
 def test_sequences_that_collapse_in_opposite_ways_look_balanced_only_when_pooled():
@@ -81,7 +81,7 @@ def test_balance_loss_has_the_gradient_of_the_mean_score_alone():
     scores = routing.scores.clone().requires_grad_()
     losses.load_balance(replace(routing, scores=scores)).backward()
     expected = 4 * torch.tensor([3 / 4, 1 / 4, 0, 0]) / 4  # E f_e / T
-    assert torch.allclose(scores.grad, expected.expand(1, 4, 4), atol=1e-7)
+    assert close(scores.grad, expected.expand(1, 4, 4))
 
 
 def test_balance_loss_counts_slots_before_capacity():
@@ -114,7 +114,7 @@ def test_z_loss_of_zero_logits_is_the_square_of_ln_e(n_experts):
     routing = replace(
         routing_of(torch.zeros(2, 3, 1), n_experts), logits=torch.zeros(2, 3, n_experts)
     )
-    assert losses.z_loss(routing).item() == pytest.approx(math.log(n_experts) ** 2, rel=1e-6)
+    assert losses.z_loss(routing).item() == about(math.log(n_experts) ** 2)
 
 
 def test_z_loss_of_zero_logits_at_8_experts_is_4_3241():
@@ -137,9 +137,7 @@ def test_z_loss_skips_padding():
     routing = routing_of(
         [[[0], [0]]], 2, reasons=[[[0], [PAD]]], padding_mask=torch.tensor([[True, False]])
     )
-    assert losses.z_loss(replace(routing, logits=logits)).item() == pytest.approx(
-        math.log(2) ** 2, rel=1e-6
-    )
+    assert losses.z_loss(replace(routing, logits=logits)).item() == about(math.log(2) ** 2)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +159,7 @@ def test_both_scopes_agree_on_a_batch_of_one(case):
         routing = case.router()(
             case.x()[:1], None if case.padding_mask() is None else case.padding_mask()[:1]
         )
-        assert torch.allclose(
-            losses.load_balance(routing), losses.load_balance(routing, scope="sequence"), rtol=1e-6
-        )
+        assert close(losses.load_balance(routing), losses.load_balance(routing, scope="sequence"))
 
 
 @fast
@@ -175,4 +171,4 @@ def test_losses_do_not_depend_on_the_order_of_the_tokens(case):
     routing = router(case.x(), padding_mask)
     shuffled = router(case.x()[:, order], None if padding_mask is None else padding_mask[:, order])
     for loss in (losses.load_balance, losses.z_loss):
-        assert torch.allclose(loss(routing), loss(shuffled), rtol=1e-5)
+        assert close(loss(routing), loss(shuffled))

@@ -1,6 +1,7 @@
 """The calls that readers write down, word for word, and what importing the core costs."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,11 @@ import torch
 
 import moe_core
 from moe_core import Experts, MixtureOfExperts, MoEConfig, Routing, TopKRouter
+from moe_core.routers import ROUTERS
 
 from .helpers import randn
+
+OPTIONS = {"hash": {"vocab_size": 32}, "zero_computation": {"ffn_ratio": 0.75}}
 
 
 def test_the_router_and_the_experts_are_called_like_this():
@@ -85,20 +89,53 @@ def test_every_public_function_and_class_is_documented_a_property_may_speak_for_
     assert missing == []
 
 
-def test_importing_the_core_imports_nothing_that_draws_or_downloads():
-    heavy = (
-        "plotly",
-        "ipywidgets",
-        "anywidget",
-        "transformers",
-        "datasets",
-        "matplotlib",
-        "pandas",
-        "moe_book",
-    )
-    code = f"import sys, moe_core; print([name for name in {heavy} if name in sys.modules])"
+def new_modules(code: str) -> set[str]:
+    """The modules that a fresh process has loaded after this code, and had not after ``import torch``."""
+    program = f"import json, sys, torch\nbefore = set(sys.modules)\n{code}\nprint(json.dumps([*(set(sys.modules) - before)]))"
     root = Path(moe_core.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "[]"
+    return set(json.loads(done.stdout))
+
+
+def of(packages: tuple[str, ...], modules: set[str]) -> list[str]:
+    """Those of the modules that are these packages or lie in them."""
+    return sorted(m for m in modules if any(f"{m}.".startswith(f"{p}.") for p in packages))
+
+
+# What takes seconds to load, and a layer that is not compiled does not need.
+COMPILER = ("torch._dynamo", "torch._inductor", "torch._functorch.aot_autograd", "sympy")
+
+
+def test_importing_the_core_costs_next_to_nothing_beside_torch():
+    found = new_modules("import moe_core")
+    assert of(COMPILER, found) == []
+    assert len(found) < 200, sorted(found)
+
+
+def test_importing_the_core_imports_nothing_that_draws_or_downloads_nor_what_is_made_of_it():
+    heavy = "plotly ipywidgets anywidget transformers datasets matplotlib pandas moe_book moe_tools"
+    assert of(tuple(heavy.split()), new_modules("import moe_core")) == []
+
+
+def test_a_first_step_of_a_layer_does_not_load_the_compiler():
+    step = """
+from moe_core import MixtureOfExperts, MoEConfig
+y, routing = MixtureOfExperts(MoEConfig(d_model=16, d_ff=32, n_experts=4, top_k=2))(torch.randn(2, 3, 16))
+(y.square().sum() + routing.aux_loss).backward()
+"""
+    assert of(COMPILER, new_modules(step)) == []
+
+
+def test_a_config_builds_no_router(monkeypatch):
+    def never(*_args, **_kwargs):
+        raise AssertionError("a config has made a table for 129,280 tokens")
+
+    monkeypatch.setattr(moe_core.routers.hash, "balanced_table", never)
+    state = torch.get_rng_state()
+    sizes = dict(d_model=64, d_ff=64, n_experts=8, top_k=2)
+    MoEConfig(**sizes, router="hash", router_options={"vocab_size": 129280})
+    for name in ROUTERS:
+        MoEConfig(**{**sizes, "top_k": 1, "router": name}, router_options=OPTIONS.get(name, {}))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -13,7 +13,7 @@ from moe_core.routers import (
 )
 from tests.gang import Gang
 
-from .helpers import randn, seeded
+from .helpers import close, randn, seeded
 
 BIG = 2**53 + 1  # not a float64
 X = randn(4, 6, 8, dtype=torch.float64)
@@ -101,18 +101,14 @@ def test_sums_and_means_are_over_all_ranks_and_exact_for_integers(ranks):
 
 def test_the_mean_over_ranks_with_the_global_share_is_the_big_batch(ranks):
     value, gradient = balance(lambda r: losses.load_balance(r(X)))
-    assert torch.allclose(sum(out["even"][0] for out in ranks) / 2, value, rtol=1e-12)
-    assert torch.allclose(
-        sum(out["even"][1] for out in ranks) / 2, gradient, rtol=1e-10, atol=1e-14
-    )
+    assert close(sum(out["even"][0] for out in ranks) / 2, value)
+    assert close(sum(out["even"][1] for out in ranks) / 2, gradient)
 
 
 def test_the_mean_over_ranks_of_the_global_loss_is_the_big_batch_with_any_padding(ranks):
     value, gradient = balance(lambda r: losses.load_balance(r(X, UNEVEN)))
-    assert torch.allclose(sum(out["global"][0] for out in ranks) / 2, value, rtol=1e-12)
-    assert torch.allclose(
-        sum(out["global"][1] for out in ranks) / 2, gradient, rtol=1e-10, atol=1e-14
-    )
+    assert close(sum(out["global"][0] for out in ranks) / 2, value)
+    assert close(sum(out["global"][1] for out in ranks) / 2, gradient)
     assert not torch.allclose(
         ranks[0]["global"][0], ranks[1]["global"][0], rtol=1e-3
     )  # each has its part

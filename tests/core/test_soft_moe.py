@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moe_core import SoftMoE
 
-from .helpers import fast, mask, mlp_of_expert, randn, seeded
+from .helpers import close, fast, mask, mlp_of_expert, randn, seeded
 
 
 def soft(d_model=8, d_ff=12, n_experts=3, **options) -> SoftMoE:
@@ -50,7 +50,7 @@ def test_soft_moe_equals_its_formula(B, N, E, S, seed, padded):
         randn(B, N, 4, seed=seed, dtype=torch.float64),
         mask(B, N, seed=seed) if padded else None,
     )
-    assert torch.allclose(moe(x, padding_mask), by_hand(moe, x, padding_mask), atol=1e-12, rtol=0)
+    assert close(moe(x, padding_mask), by_hand(moe, x, padding_mask))
 
 
 @fast
@@ -59,24 +59,20 @@ def test_dispatch_sums_to_one_over_real_tokens_and_combine_over_slots(B, N, seed
     moe, padding_mask = soft(slots_per_expert=2), mask(B, N, seed=seed)
     moe.scale.data.fill_(scale)
     dispatch, combine = moe.mixing_weights(randn(B, N, 8, seed=seed), padding_mask)
-    assert torch.allclose(
-        dispatch.sum(1), padding_mask.any(-1, keepdim=True).float().expand(B, 6), atol=1e-5
-    )
-    assert torch.allclose(combine.sum(-1), padding_mask.float(), atol=1e-5)
+    assert close(dispatch.sum(1), padding_mask.any(-1, keepdim=True).float().expand(B, 6))
+    assert close(combine.sum(-1), padding_mask.float())
     assert (dispatch[~padding_mask] == 0).all() and (combine[~padding_mask] == 0).all()
 
 
 def test_a_tokens_length_does_not_change_its_weights():
     moe, x = soft(), randn(1, 5, 8)
     for a, b in zip(moe.mixing_weights(x), moe.mixing_weights(1000 * x)):
-        assert torch.allclose(a, b, atol=1e-6)
+        assert close(a, b)
 
 
 def test_one_slot_gives_every_token_the_same_output():
     y = soft(n_experts=1)(randn(2, 5, 8))
-    assert torch.allclose(y, y[:, :1].expand_as(y), atol=1e-6) and not torch.allclose(
-        y[0, 0], y[1, 0], atol=1e-3
-    )
+    assert close(y, y[:, :1].expand_as(y)) and not torch.allclose(y[0, 0], y[1, 0], atol=1e-3)
 
 
 def test_it_is_not_causal_but_a_sequence_sees_only_itself():
@@ -90,7 +86,7 @@ def test_it_is_not_causal_but_a_sequence_sees_only_itself():
 
 def test_the_order_of_the_tokens_does_not_matter():
     moe, x = soft(), randn(2, 5, 8)
-    assert torch.allclose(moe(x.flip(1)).flip(1), moe(x), atol=1e-6)
+    assert close(moe(x.flip(1)).flip(1), moe(x))
 
 
 def test_padding_gets_exactly_zero_and_changes_nothing():
@@ -103,7 +99,7 @@ def test_padding_gets_exactly_zero_and_changes_nothing():
         and (x.grad[~padding_mask] == 0).all()
         and x.grad.isfinite().all()
     )
-    assert torch.allclose(y[0, padding_mask[0]], moe(x[:1, [0, 1, 3]])[0], atol=1e-6)
+    assert close(y[0, padding_mask[0]], moe(x[:1, [0, 1, 3]])[0])
 
 
 def test_a_token_of_zeros_is_allowed():

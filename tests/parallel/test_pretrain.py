@@ -34,7 +34,12 @@ TINY = [
     "5",
 ]
 ENDLESS = ["--steps", "1000000", "--eval-every", "0"]
-WITHIN = 30  # seconds in which the others must have ended
+# Seconds. Limits for what hangs, not measures of speed: on a busy machine a rank may take a minute to start.
+PATIENCE = 600
+WITHIN = 300  # in which the others must have ended; less than the time-out of a collective, which they must not have waited for
+TIMEOUT = ["--timeout", "900"]
+
+pytestmark = pytest.mark.processes
 
 
 def environment(**more):
@@ -47,7 +52,7 @@ def environment(**more):
     }
 
 
-def run(command, out, *flags, timeout=120):
+def run(command, out, *flags, timeout=PATIENCE):
     return subprocess.run(
         [*command, *TINY, *flags, "--out", str(out)],
         cwd=ROOT,
@@ -118,8 +123,8 @@ class Ranks:
         for file in self.errors:
             file.close()
 
-    def wait_for(self, ready, seconds=120):
-        end = time.monotonic() + seconds
+    def wait_for(self, ready):
+        end = time.monotonic() + PATIENCE
         while not ready():
             assert time.monotonic() < end and all(
                 process.poll() is None for process in self.processes
@@ -225,7 +230,9 @@ def test_spread_experts_without_torchrun_is_an_error_of_one_line(tmp_path):
 
 @pytest.mark.parametrize("told", [0, 1])
 def test_when_one_rank_is_told_to_stop_all_finish_the_step_save_and_end_well(tmp_path, told):
-    with Ranks(2, tmp_path / "run", *ENDLESS, "--save-every", "1000000", "--ep-size", "2") as ranks:
+    with Ranks(
+        2, tmp_path / "run", *ENDLESS, *TIMEOUT, "--save-every", "1000000", "--ep-size", "2"
+    ) as ranks:
         ranks.wait_for(lambda: len(log(ranks.out)) >= 3)
         ranks.processes[told].send_signal(signal.SIGTERM)
         codes, _ = ranks.ends_of([0, 1])
@@ -238,7 +245,7 @@ def test_when_one_rank_is_told_to_stop_all_finish_the_step_save_and_end_well(tmp
 def test_when_a_rank_is_killed_in_a_step_the_others_end_and_name_it_and_the_checkpoint_is_whole(
     tmp_path, victim
 ):
-    with Ranks(4, tmp_path / "run", *ENDLESS, "--ep-size", "4") as ranks:
+    with Ranks(4, tmp_path / "run", *ENDLESS, *TIMEOUT, "--ep-size", "4") as ranks:
         ranks.after_a_checkpoint()
         ranks.processes[victim].kill()
         others = [rank for rank in range(4) if rank != victim]
@@ -248,15 +255,15 @@ def test_when_a_rank_is_killed_in_a_step_the_others_end_and_name_it_and_the_chec
     for rank, [message] in zip(others, messages, strict=True):
         assert (
             message.startswith(f"error: rank {rank}: rank {victim} of 4 gone or silent in step ")
-            and "timeout 30 s" in message
+            and "timeout 900 s" in message
         ), said
         assert re.search(r"the last checkpoint is .*step-0000", message)
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") is not None
 
 
 def test_when_a_rank_hangs_the_others_give_it_up_after_the_timeout(tmp_path):
-    with Ranks(2, tmp_path / "run", *ENDLESS, "--ep-size", "2", "--timeout", "5") as ranks:
+    with Ranks(2, tmp_path / "run", *ENDLESS, "--ep-size", "2", "--timeout", "10") as ranks:
         ranks.after_a_checkpoint()
         ranks.processes[1].send_signal(signal.SIGSTOP)
         codes, [[message]] = ranks.ends_of([0])
-    assert codes == [1] and "rank 1 of 2 gone or silent" in message and "timeout 5 s" in message
+    assert codes == [1] and "rank 1 of 2 gone or silent" in message and "timeout 10 s" in message

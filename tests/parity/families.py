@@ -310,6 +310,7 @@ def dense(routing: Routing) -> Tensor:
 
 
 def gap(ours: Tensor, theirs: Tensor) -> float:
-    """The largest absolute difference."""
+    """The largest difference, relative to the largest of their values where that is more than 1."""
     assert ours.shape == theirs.shape
-    return float((ours.double() - theirs.double()).abs().max().detach())
+    ours, theirs = ours.detach().double(), theirs.detach().double()
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1))

@@ -12,6 +12,8 @@ from moe_tools.accounting import ModelSpec
 from moe_tools.design import Budget, design
 from moe_tools.interop.families import config_of
 
+from ..core.helpers import close
+
 BUDGETS = {
     "1.5B": Budget(active=1.5e9, tokens=200e9, gpus=64),
     "node limit": Budget(active=37e9, total=671e9, tokens=14e12, gpus=2048, gpu="h200"),
@@ -146,6 +148,6 @@ def test_with_groups_our_layer_and_the_emitted_block_choose_alike(tmp_path):
         torch.zeros(64, big.shape.n_experts).scatter(1, i, w)
         for i, w in ((routing.expert_indices[0], routing.expert_weights[0]), (indices, weights))
     )
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert close(ours, theirs)
     groups = (ours.view(64, options["n_groups"], -1).sum(-1) > 0).sum(-1)
     assert int(groups.max()) <= options["topk_groups"]

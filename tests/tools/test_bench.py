@@ -94,6 +94,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(record):
         }
 
 
+@pytest.mark.own_bits
 def test_several_processes_find_what_one_finds(record):
     lines = []
     results = routers.bench(

@@ -31,8 +31,9 @@ def topk(**rule):
 
 def test_a_dropless_token_depends_on_nothing_else_not_even_in_the_last_bit():
     nothing = Effect(max_change=0.0, rerouted=0.0, depends=False)
-    found = probe(topk(), X, tolerance=0)
+    found = probe(topk(), X, tolerance=0)  # of the same shapes, row by row: exact on every processor
     assert found.later_tokens == found.earlier_tokens == found.other_sequences == nothing
+    found = probe(topk(), X)  # of other shapes too: but for rounding
     assert found.causal and found.batch_invariant and found.streams
 
 
@@ -81,8 +82,8 @@ def test_expert_choice_sees_the_future_and_its_threshold_does_not():
     alone = probe(seeded(ExpertChoiceRouter, 8, 4, 1.0, scope="sequence").eval(), X)
     assert alone.batch_invariant and not alone.causal
     threshold = seeded(ExpertThresholdRouter, 8, 4, 1.0)
-    threshold.calibrate([X])
-    found = probe(threshold.eval(), X, tolerance=0)
+    threshold.calibrate([randn(3, 12, 8, seed=1)])  # not of X: no token of X lies on a threshold
+    found = probe(threshold.eval(), X)
     assert found.causal and found.batch_invariant and found.streams
 
 

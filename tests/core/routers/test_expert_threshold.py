@@ -16,7 +16,7 @@ from moe_core import DropReason, Experts
 from moe_core.routers.expert_choice import ExpertChoiceRouter
 from moe_core.routers.expert_threshold import ExpertThresholdRouter
 
-from ..helpers import cases, config, fast, randn, seeded
+from ..helpers import about, cases, close, config, fast, randn, seeded
 
 
 def router(**changes) -> ExpertThresholdRouter:
@@ -139,8 +139,8 @@ def test_a_tokens_weight_gives_the_router_a_gradient():
 def test_the_cutoff_is_the_kth_largest_raw_logit():
     r, x = identity(n_experts=4, expansion=2.0), randn(2, 9, 4)
     r.update([r(x)])
-    assert torch.allclose(
-        r.thresholds, x.flatten(0, 1).sort(0, descending=True).values[9 - 1], atol=1e-6
+    assert close(
+        r.thresholds, x.flatten(0, 1).sort(0, descending=True).values[9 - 1]
     )  # k = 18 * 2 / 4
 
 
@@ -149,7 +149,7 @@ def test_the_average_of_a_constant_cutoff_is_that_cutoff_from_the_first_step_on(
     cutoff = x.flatten(0, 1).sort(0, descending=True).values[8 - 1]
     for _ in range(5):
         r.update([r(x)])
-        assert torch.allclose(r.thresholds, cutoff, rtol=1e-6, atol=0)
+        assert close(r.thresholds, cutoff)
 
 
 def test_it_is_adams_bias_corrected_average():
@@ -158,8 +158,8 @@ def test_it_is_adams_bias_corrected_average():
         x = randn(1, 32, 4, seed=t)
         r.update([r(x)])
         m = 0.9 * m + 0.1 * x[0].sort(0, descending=True).values[8 - 1].double()
-        assert torch.allclose(r.thresholds.double(), m / (1 - 0.9**t), atol=1e-5)
-    assert r.steps == 29 and r.ema_weight.item() == pytest.approx(1 - 0.9**29, rel=1e-5)
+        assert close(r.thresholds.double(), m / (1 - 0.9**t), dtype=torch.float32)
+    assert r.steps == 29 and r.ema_weight.item() == about(1 - 0.9**29)
 
 
 def test_an_update_is_one_step_to_the_mean_cutoff_whatever_the_number_of_micro_batches():
@@ -168,7 +168,7 @@ def test_an_update_is_one_step_to_the_mean_cutoff_whatever_the_number_of_micro_b
         batches = [randn(1, 16, 4, seed=seed) for seed in range(n)]
         cutoff = torch.stack([x[0].sort(0, descending=True).values[4 - 1] for x in batches]).mean(0)
         r.update([r(x) for x in batches])
-        assert r.steps == 1 and torch.allclose(r.thresholds, 0.1 * cutoff, atol=1e-6)
+        assert r.steps == 1 and close(r.thresholds, 0.1 * cutoff)
 
 
 def test_padding_and_micro_batches_of_padding_have_no_say():
@@ -176,7 +176,7 @@ def test_padding_and_micro_batches_of_padding_have_no_say():
     padding_mask = torch.tensor([[True] * 8 + [False] * 4] * 2)
     a.update([a(x[:, :8])])
     b.update([b(x, padding_mask), b(100 * x, torch.zeros(2, 12, dtype=torch.bool)), b(x[:0])])
-    assert torch.allclose(a.thresholds, b.thresholds, atol=1e-6)
+    assert close(a.thresholds, b.thresholds)
 
 
 def test_an_update_without_a_real_token_only_counts_the_step():
@@ -337,7 +337,7 @@ def test_who_is_dropped_by_the_band_was_above_the_threshold_and_says_so():
     routing = identity(cutoffs=[9.0, -9.0], capacity_band=0.5)(randn(1, 8, 2))
     assert (routing.drop_reason[..., 1] == DropReason.OVER_CAPACITY).sum() == 2
     assert (routing.drop_reason[..., 0] == DropReason.NOT_SELECTED).sum() == 6
-    assert routing.drop_rate.item() == pytest.approx(2 / 10)
+    assert routing.drop_rate.item() == about(2 / 10)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +391,7 @@ def test_tokens_streamed_one_at_a_time_get_the_batchs_routes_and_outputs():
         for n in range(10):
             y, alone = moe(x[b : b + 1, n : n + 1])
             assert torch.equal(alone.capacity_mask[0, 0], routing.capacity_mask[b, n])
-            assert torch.allclose(y[0, 0], together[b, n], atol=1e-6)
+            assert close(y[0, 0], together[b, n])
 
 
 def test_later_tokens_and_other_sequences_change_no_route_and_no_output_in_eval():
@@ -402,7 +402,7 @@ def test_later_tokens_and_other_sequences_change_no_route_and_no_output_in_eval(
     other[0, 6:], other[1] = 50.0, -50.0
     a, b = r(x), r(other)
     assert torch.equal(a.capacity_mask[0, :6], b.capacity_mask[0, :6])
-    assert torch.allclose(experts(x, a)[0, :6], experts(other, b)[0, :6], atol=1e-6)
+    assert close(experts(x, a)[0, :6], experts(other, b)[0, :6])
 
 
 def test_the_shared_expert_enters_with_weight_one():
@@ -411,7 +411,7 @@ def test_the_shared_expert_enters_with_weight_one():
     ).eval()
     x = randn(1, 6, 8)
     y, routing = moe(x)
-    assert torch.allclose(y, moe.experts(x, routing) + moe.shared_experts(x), atol=1e-6)
+    assert close(y, moe.experts(x, routing) + moe.shared_experts(x))
 
 
 # Calibration
@@ -429,7 +429,7 @@ def test_calibration_pools_tokens_so_that_their_grouping_does_not_matter():
     a, b, x = router(), router(), torch.cat([randn(2, 10, 8, seed=s) * (s + 1) for s in range(4)])
     a.calibrate([x])
     b.calibrate(iter(x.split(1)))
-    assert torch.allclose(a.thresholds, b.thresholds, atol=1e-6)
+    assert close(a.thresholds, b.thresholds)
 
 
 def test_calibration_leaves_out_padding_and_takes_no_jitter_and_keeps_the_mode():
@@ -437,7 +437,7 @@ def test_calibration_leaves_out_padding_and_takes_no_jitter_and_keeps_the_mode()
     padding_mask = torch.tensor([[True] * 8 + [False] * 4] * 2)
     a.calibrate([(100 * x, torch.zeros_like(padding_mask))] + [(x, padding_mask)])
     b.eval().calibrate([x[:, :8]])
-    assert torch.allclose(a.thresholds, b.thresholds, atol=1e-6) and a.training and not b.training
+    assert close(a.thresholds, b.thresholds) and a.training and not b.training
 
 
 def test_updates_go_on_from_a_calibration_as_from_a_long_run():
@@ -446,11 +446,13 @@ def test_updates_go_on_from_a_calibration_as_from_a_long_run():
     before = r.thresholds
     r.update([r(x)])
     cutoff = r(x).logits.flatten(0, 1).sort(0, descending=True).values[8 - 1].detach()
-    assert torch.allclose(r.thresholds, 0.9 * before + 0.1 * cutoff, atol=1e-6)
+    assert close(r.thresholds, 0.9 * before + 0.1 * cutoff)
 
 
 def test_calibration_on_equal_tokens_admits_them_all_rather_than_none():
     r = router()
+    with torch.no_grad():  # exact sums: equal tokens have equal logits wherever they stand
+        r.weight.copy_((64 * r.weight).round() / 64)
     r.calibrate([torch.ones(1, 8, 8)])
     assert r.eval()(torch.ones(1, 8, 8)).capacity_mask.all()
 
@@ -513,6 +515,7 @@ torch.save((torch.stack(seen), r.steps), out)
 """
 
 
+@pytest.mark.processes
 def test_ranks_agree_on_one_threshold_made_of_all_their_tokens(tmp_path):
     ranks = [
         subprocess.Popen(
@@ -528,7 +531,7 @@ def test_ranks_agree_on_one_threshold_made_of_all_their_tokens(tmp_path):
         )
         for i in range(2)
     ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=600) for rank in ranks] == [0, 0]
     (first, steps), (second, _) = (torch.load(tmp_path / f"{i}.pt") for i in range(2))
     assert torch.equal(first, second) and steps == 2
 
@@ -542,7 +545,7 @@ def test_ranks_agree_on_one_threshold_made_of_all_their_tokens(tmp_path):
     step_1 = (kth(0) + kth(1)) / 2
     step_2 = (0.9 * 0.1 * step_1 + 0.1 * (kth(2) + kth(3)) / 2) / (1 - 0.9**2)
     calibrated = sum((kth(seed) + kth(seed, 5)) / 2 for seed in (4, 5)) / 2
-    assert torch.allclose(first, torch.stack([step_1, step_2, calibrated]), atol=1e-6)
+    assert close(first, torch.stack([step_1, step_2, calibrated]))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from moe_core import DropReason, Experts, losses
 from moe_core.capacity import CapacityRule
 from moe_core.routers.gshard import GShardRouter
 
-from ..helpers import cases, fast, randn, seeded
+from ..helpers import cases, close, fast, randn, seeded
 from .drawn import drawn, survives
 
 
@@ -58,7 +58,7 @@ def test_a_second_expert_as_good_as_the_first_is_always_asked_and_a_useless_one_
 
 def test_gates_are_renormalised_once_and_keep_their_value_when_the_second_is_not_asked():
     routing = of_gates(0.8)(torch.ones(1, 200, 1))
-    assert torch.allclose(routing.expert_weights, torch.tensor([0.8, 0.2]), atol=1e-6)
+    assert close(routing.expert_weights, torch.tensor([0.8, 0.2]))
     assert (
         routing.drop_reason[..., 1][~routing.selected_mask[..., 1]] == DropReason.NOT_SELECTED
     ).all()
@@ -89,7 +89,7 @@ def test_a_second_expert_not_asked_adds_exactly_nothing():
     assert unasked.any() and not unasked.all()
     first = router.eval()(x)
     only = experts(x, first)  # both experts, for comparison
-    assert torch.allclose(y[0, ~unasked], only[0, ~unasked], atol=1e-6)
+    assert close(y[0, ~unasked], only[0, ~unasked])
     assert not torch.allclose(y[0, unasked], only[0, unasked], atol=1e-3)
 
 
@@ -121,11 +121,11 @@ def test_the_balance_loss_counts_first_choices_and_is_e_squared_times_the_writte
     routing = router(x)
     count_E = torch.bincount(routing.expert_indices[..., 0].flatten(), minlength=4)
     written = (count_E / 21 * routing.scores.mean((0, 1))).mean()  # 1/E sum_e c_e/S m_e
-    assert torch.allclose(routing.losses["load_balance"], 16 * written, rtol=1e-6)
+    assert close(routing.losses["load_balance"], 16 * written)
     converted = losses.convert_loss(
         routing.losses["load_balance"], "moe_core", "gshard", n_experts=4, top_k=2
     )
-    assert torch.allclose(converted, written, rtol=1e-6)
+    assert close(converted, written)
 
 
 def test_the_gradient_reaches_the_router_through_weights_and_through_the_loss():

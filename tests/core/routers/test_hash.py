@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moe_core.routers.hash import HashRouter, balanced_table
 
-from ..helpers import cases, fast, randn
+from ..helpers import cases, close, fast, randn
 from .drawn import drawn, survives
 
 VOCAB = 50
@@ -116,9 +116,7 @@ def test_learned_weights_are_the_routers_scores_of_the_looked_up_experts():
     routing = router(x, None, token_ids)
     scores = torch.log1p((x @ router.weight.T).exp()).sqrt()
     chosen = scores.gather(-1, router.table[token_ids])
-    assert torch.allclose(
-        routing.expert_weights, 1.5 * chosen / chosen.sum(-1, keepdim=True), atol=1e-6
-    )
+    assert close(routing.expert_weights, 1.5 * chosen / chosen.sum(-1, keepdim=True))
     assert not torch.equal(
         routing.expert_indices, routing.scores.topk(2).indices
     )  # it weighs, it does not choose

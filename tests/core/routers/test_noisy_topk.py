@@ -9,7 +9,7 @@ from hypothesis import given
 from moe_core import losses
 from moe_core.routers.noisy_topk import NoisyTopKRouter, probabilities
 
-from ..helpers import cases, fast, randn, seeded
+from ..helpers import about, cases, close, fast, randn, seeded
 from .drawn import drawn, survives
 
 
@@ -63,7 +63,7 @@ def test_in_eval_there_is_no_noise():
         one.expert_indices, two.expert_indices
     )
     assert torch.equal(one.expert_indices, one.logits.topk(2).indices)
-    assert torch.allclose(one.expert_weights, one.logits.topk(2).values.softmax(-1))
+    assert close(one.expert_weights, one.logits.topk(2).values.softmax(-1))
 
 
 def test_the_noise_is_normal_with_softplus_of_the_noise_weight_as_its_deviation():
@@ -73,7 +73,7 @@ def test_the_noise_is_normal_with_softplus_of_the_noise_weight_as_its_deviation(
         router.noise_weight.copy_(torch.tensor([[0.0], [2.0]]))
     x = torch.ones(1, 40_000, 1)
     std = [math.log(2) + 0.01, math.log(1 + math.exp(2)) + 0.01]
-    assert router.noise_std(x)[0, 0].tolist() == pytest.approx(std, rel=1e-6)
+    assert router.noise_std(x)[0, 0].tolist() == about(std)
     routing = seeded(router, x)
     first = routing.expert_weights.gather(-1, routing.expert_indices.argsort(-1))[
         ..., 0
@@ -91,7 +91,7 @@ def test_the_weights_are_the_softmax_of_the_chosen_noisy_logits():
         noisy = router.logits(x) + torch.randn(2, 5, 6) * router.noise_std(x)
     routing = seeded(router, x)
     assert torch.equal(routing.expert_indices, noisy.topk(3).indices)
-    assert torch.allclose(routing.expert_weights, noisy.topk(3).values.softmax(-1), atol=1e-6)
+    assert close(routing.expert_weights, noisy.topk(3).values.softmax(-1))
 
 
 def test_the_threshold_is_the_kth_largest_of_the_other_noisy_logits():
@@ -100,7 +100,7 @@ def test_the_threshold_is_the_kth_largest_of_the_other_noisy_logits():
     for e in range(6):
         others = noisy[..., [i for i in range(6) if i != e]]
         z = (clean[..., e] - others.topk(2).values[..., 1]) / std[..., e]
-        assert torch.allclose(p[..., e], 0.5 * (1 + torch.erf(z / math.sqrt(2))), atol=1e-12)
+        assert close(p[..., e], 0.5 * (1 + torch.erf(z / math.sqrt(2))))
 
 
 def test_the_probability_is_how_often_the_expert_is_chosen_when_its_own_noise_is_drawn_again():
@@ -118,7 +118,7 @@ def test_the_probability_does_not_change_when_all_logits_shift():
     shifted = probabilities(
         clean + 7, noisy + 7, std, indices
     )  # logits compared with softmaxed thresholds would
-    assert torch.allclose(shifted, probabilities(clean, noisy, std, indices), atol=1e-12)
+    assert close(shifted, probabilities(clean, noisy, std, indices))
 
 
 def test_with_k_equal_to_e_every_expert_is_certain():
@@ -134,9 +134,7 @@ def test_without_noise_the_load_is_the_count():
         randn(2, 5, 8),
     )
     routing = router(x)
-    assert torch.allclose(
-        routing.losses["load"], losses.cv_squared(routing.slots_per_expert().float())
-    )
+    assert close(routing.losses["load"], losses.cv_squared(routing.slots_per_expert().float()))
 
 
 def test_the_losses_are_weighted_and_left_out_at_zero():
@@ -148,7 +146,7 @@ def test_the_losses_are_weighted_and_left_out_at_zero():
         drawn(NoisyTopKRouter, 8, 4, 2, importance_loss_weight=1.0, load_loss_weight=0.5), x
     )
     assert torch.equal(routing.losses["importance"], 0.5 * losses.importance(routing))
-    assert torch.allclose(2 * routing.aux_loss, twice.aux_loss)
+    assert close(2 * routing.aux_loss, twice.aux_loss)
     assert (
         seeded(
             drawn(NoisyTopKRouter, 8, 4, 2, importance_loss_weight=0.0, load_loss_weight=0.0), x
@@ -192,8 +190,8 @@ def test_padding_counts_in_neither_loss():
         NoisyTopKRouter, 8, 4, 2, importance_loss_weight=1.0, load_loss_weight=1.0, training=False
     )
     padded, alone = router(x, padding_mask).check(), router(x[:, :4])
-    assert torch.allclose(padded.losses["load"], alone.losses["load"])
-    assert torch.allclose(padded.losses["importance"], alone.losses["importance"])
+    assert close(padded.losses["load"], alone.losses["load"])
+    assert close(padded.losses["importance"], alone.losses["importance"])
     training = drawn(NoisyTopKRouter, 8, 4, 2, load_loss_weight=1.0)
     moved = x.clone()
     moved[:, 4:] = 100

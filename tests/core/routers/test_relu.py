@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe_core import MixtureOfExperts, ReLURouter
 
-from ..helpers import config, fast, mask, randn, seeded
+from ..helpers import about, close, config, fast, mask, randn, seeded
 
 
 def identity(logits, **options) -> tuple[ReLURouter, torch.Tensor]:
@@ -52,16 +52,16 @@ def test_the_output_is_continuous_where_an_expert_comes_in():
 def test_the_l1_loss_of_a_case_by_hand():
     router, x = identity([[2.0, -1.0], [1.0, 3.0], [4.0, -1.0]], expansion=1.0, l1_weight=0.5)
     # E = 2, k = 1, T = 3; expert 0 has 3 tokens and weights of 7, expert 1 has 1 token and weights of 3
-    assert router(x).losses["l1"].item() == pytest.approx(0.5 * 2 / 9 * (3 * 7 + 1 * 3))
+    assert router(x).losses["l1"].item() == about(0.5 * 2 / 9 * (3 * 7 + 1 * 3))
     router, x = identity([[2.0, -1.0], [1.0, 3.0], [4.0, -1.0]], expansion=2.0, l1_weight=0.5)
-    assert router(x).losses["l1"].item() == pytest.approx(0.5 / 9 * (3 * 7 + 1 * 3))
+    assert router(x).losses["l1"].item() == about(0.5 / 9 * (3 * 7 + 1 * 3))
 
 
 def test_the_weights_of_a_busy_expert_are_pushed_harder_and_its_count_has_no_gradient():
     router, x = identity([[2.0, -1.0], [1.0, 3.0], [4.0, -1.0]], l1_weight=1.0)
     x.requires_grad_()
     router(x).losses["l1"].backward()
-    assert torch.allclose(x.grad[0], 2 / 9 * torch.tensor([[3.0, 0], [3, 1], [3, 0]]))
+    assert close(x.grad[0], 2 / 9 * torch.tensor([[3.0, 0], [3, 1], [3, 0]]))
 
 
 def test_padding_counts_neither_in_the_loss_nor_in_the_sparsity():
@@ -71,7 +71,7 @@ def test_padding_counts_neither_in_the_loss_nor_in_the_sparsity():
     router.update(
         [router(x[:, :1], padding_mask[:, :1]), router(x[:, 2:], padding_mask[:, 2:])]
     )  # 1 expert for 1 real token
-    assert router.l1_coefficient.item() == pytest.approx(0.5 / 1.2)
+    assert router.l1_coefficient.item() == about(0.5 / 1.2)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_lambda_rises_when_tokens_take_too_many_experts_and_falls_otherwise(
 ):
     router, x = identity(logits, expansion=expansion, l1_weight=1e-3)
     router.update([router(x)])
-    assert router.l1_coefficient.item() == pytest.approx(1e-3 * factor)
+    assert router.l1_coefficient.item() == about(1e-3 * factor)
 
 
 @fast
@@ -141,10 +141,7 @@ def test_without_a_token_lambda_stays():
 
 def test_lambda_starts_at_1e_minus_8_as_a_float32_buffer_and_stays_one_in_a_bfloat16_model():
     router = ReLURouter(4, 4)
-    assert (
-        router.l1_coefficient.item() == pytest.approx(1e-8)
-        and "l1_coefficient" in router.state_dict()
-    )
+    assert router.l1_coefficient.item() == about(1e-8) and "l1_coefficient" in router.state_dict()
     router = router.bfloat16()
     assert router.l1_coefficient.dtype == torch.float32 and router.weight.dtype == torch.bfloat16
     router.update([router(randn(1, 8, 4, dtype=torch.bfloat16))])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moe_core import Experts, TopKRouter
 from moe_core.routers.topk import SCORE_FUNCS, keep_best_groups, sqrt_softplus
 
-from ..helpers import fast, mlp_of_expert, randn, seeded
+from ..helpers import about, close, fast, mlp_of_expert, randn, seeded
 
 SCORES = {
     "softmax": lambda hs: [
@@ -131,7 +131,7 @@ def test_softmax_topk_renormalise_equals_topk_softmax_with_gradients(K, seed, sc
         sides.append((routing, r.weight.grad))
     (before, before_grad), (after, after_grad) = sides
     assert torch.equal(before.expert_indices, after.expert_indices)
-    assert torch.allclose(before.expert_weights, after.expert_weights, atol=1e-6)
+    assert close(before.expert_weights, after.expert_weights)
     assert torch.allclose(before_grad, after_grad, atol=1e-5 * max(1, scale))
 
 
@@ -157,10 +157,10 @@ def test_sqrt_softplus_has_its_values_and_a_finite_gradient_everywhere():
     h = torch.tensor([0.0, 400.0, -2.0, -200.0, -1e4], requires_grad=True)
     s = sqrt_softplus(h)
     s.sum().backward()
-    assert s[:2].tolist() == pytest.approx([math.sqrt(math.log(2)), 20.0]) and s[2] < s[0]
+    assert s[:2].tolist() == about([math.sqrt(math.log(2)), 20.0]) and s[2] < s[0]
     assert (s > 0).all() and s[3:].max() < 1e-15
     assert (
-        h.grad[0].item() == pytest.approx(0.25 / math.sqrt(math.log(2)))
+        h.grad[0].item() == about(0.25 / math.sqrt(math.log(2)))
         and h.grad.isfinite().all()
         and h.grad[4] == 0
     )
@@ -270,7 +270,7 @@ def test_a_token_stays_inside_its_best_groups(seed, group_score, shift):
 def test_a_mask_of_zero_would_let_experts_outside_the_groups_in_once_a_biased_score_is_negative():
     positive = torch.tensor([0.9, 0.8, 0.7, 0.6])
     kept = keep_best_groups(positive, 2, 1, "max")
-    assert kept.tolist() == [pytest.approx(0.9), pytest.approx(0.8), -math.inf, -math.inf]
+    assert kept.tolist() == [about(0.9), about(0.8), -math.inf, -math.inf]
     with_zero = kept.masked_fill(kept == -math.inf, 0)
     assert torch.equal(
         kept.topk(2).indices, with_zero.topk(2).indices
@@ -319,7 +319,7 @@ def test_a_weight_on_the_input_is_inside_the_expert():
             routing.capacity_mask[b, n], routing.expert_indices[b, n], routing.expert_weights[b, n]
         ):
             expected = expected + kept * mlp_of_expert(experts, e, w * x[b, n])
-        assert torch.allclose(y[b, n], expected, atol=1e-12)
+        assert close(y[b, n], expected)
     (gradient,) = torch.autograd.grad(y.square().sum(), r.weight)
     assert gradient.abs().max() > 1e-6
 

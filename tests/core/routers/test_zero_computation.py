@@ -17,6 +17,8 @@ from moe_core import (
 )
 
 from ..helpers import (
+    about,
+    close,
     config,
     experts_token_by_token,
     fast,
@@ -86,9 +88,9 @@ def test_the_layer_is_the_weighted_sum_of_all_kinds_of_experts(
         mask(2, N, seed=seed) if padded else None,
     )
     y, routing = moe(x, padding_mask)
-    assert torch.allclose(y, by_hand(moe, x, routing.check()), atol=1e-12, rtol=0)
+    assert close(y, by_hand(moe, x, routing.check()))
     by_token = experts_token_by_token(moe.experts, x, routing)
-    assert torch.allclose(moe.experts(x, routing), by_token, atol=1e-12, rtol=0)
+    assert close(moe.experts(x, routing), by_token)
 
 
 def test_only_slots_of_feed_forward_experts_become_rows():
@@ -126,7 +128,7 @@ def test_a_constant_expert_mixes_the_token_with_its_vector():
             torch.tensor([[[torch.log(torch.tensor(3.0)), 0], [0, 0]]])
         )  # softmax of (ln 3, 0): 3/4, 1/4
         cheap.constants.copy_(torch.tensor([[8.0, 4.0]]))
-    assert torch.allclose(cheap(x, routing_of([[[0]]], 1)), torch.tensor([[[0.75 + 2, 1.5 + 1]]]))
+    assert close(cheap(x, routing_of([[[0]]], 1)), torch.tensor([[[0.75 + 2, 1.5 + 1]]]))
 
 
 def test_gradients_reach_all_that_the_cheap_experts_learn():
@@ -153,7 +155,7 @@ def test_cheap_experts_keep_the_inputs_dtype(dtype):
 def test_with_a_ratio_of_one_the_balance_loss_is_the_usual_one(seed):
     router = seeded(ZeroComputationRouter, 8, 4, 2, aux_loss_weight=0.5, seed=seed)
     routing = router(randn(2, 5, 8, seed=seed))
-    assert torch.allclose(routing.losses["load_balance"], 0.5 * losses.load_balance(routing))
+    assert close(routing.losses["load_balance"], 0.5 * losses.load_balance(routing))
 
 
 def test_the_balance_loss_is_one_at_the_loads_the_ratio_asks_for():
@@ -169,7 +171,7 @@ def test_the_balance_loss_is_one_at_the_loads_the_ratio_asks_for():
     )
     indices = [[[0]] * 3 + [[1]] * 3 + [[2], [3]]]  # 3 : 3 : 1 : 1
     routing = routing_of(indices, 4, scores=torch.tensor([3.0, 3, 1, 1]).div(8).expand(1, 8, 4))
-    assert router.balance_loss(routing).item() == pytest.approx(1)
+    assert router.balance_loss(routing).item() == about(1)
     even = routing_of([[[0], [1], [2], [3]]], 4)
     assert router.balance_loss(even).item() > 1.3  # 8/16 * (2/3 + 2)
 
@@ -193,7 +195,7 @@ def test_a_bias_update_of_a_case_by_hand():
     )
     router.update([routing])
     # 6 slots: 3, 1, 0 to the feed-forward experts; each should have 1.5 / (2 * 3) = 1/4 of them
-    assert torch.allclose(
+    assert close(
         router.expert_bias, 0.1 * torch.tensor([1 / 4 - 3 / 6, 1 / 4 - 1 / 6, 1 / 4, 0, 0])
     )
 
@@ -226,7 +228,7 @@ def test_the_bias_selects_and_does_nothing_else():
     ).all()
     assert torch.equal(after.scores, before.scores) and torch.equal(after.logits, before.logits)
     chosen = after.scores.gather(-1, after.expert_indices)
-    assert torch.allclose(after.expert_weights, chosen / chosen.sum(-1, keepdim=True))
+    assert close(after.expert_weights, chosen / chosen.sum(-1, keepdim=True))
 
 
 def test_the_bias_steers_to_the_number_of_feed_forward_experts_asked_for():

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_core import metrics
 from moe_core.layer import MixtureOfExperts
-from moe_core.lm import LanguageModel, next_token_loss
+from moe_core.lm import LanguageModel, next_token_loss, train_step
 
 from ..probe import probe
 from ._rows import Budget, config, text
@@ -60,15 +60,8 @@ def _train(model: LanguageModel, seed: int, budget: Budget) -> dict:
     for _ in range(budget.steps):
         tokens = text().batch(budget.batch_size, budget.seq_len, generator=batches)[0]
         start = time.process_time()
-        logits, routings = model(tokens)
-        loss = next_token_loss(logits, tokens)
-        optimizer.zero_grad(set_to_none=True)
-        (loss + sum(routing.aux_loss for routing in routings)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss, routings = train_step(model, optimizer, tokens)
         schedule.step()
-        for layer, routing in zip(_layers(model), routings):
-            layer.router.update([routing])
         seconds = time.process_time() - start
         log.append(
             {

@@ -13,7 +13,7 @@ import time
 import torch
 
 from moe_core.config import MoEConfig
-from moe_core.lm import LanguageModel, LMConfig, next_token_loss
+from moe_core.lm import LanguageModel, LMConfig, train_step
 from moe_core.validate import whole
 
 from ..diagnosis.log import RoutingLog
@@ -53,11 +53,7 @@ def measure(size: str, *, every: int = 20, rounds: int = 15) -> dict[str, float]
         for _ in range(every):
             step += 1
             tokens = text().batch(batch_size, seq_len, generator=generator)[0]
-            logits, routings = model(tokens)
-            loss = next_token_loss(logits, tokens)
-            optimizer.zero_grad(set_to_none=True)
-            (loss + sum(routing.aux_loss for routing in routings)).backward()
-            optimizer.step()
+            loss, routings = train_step(model, optimizer, tokens)
             if logged:
                 before = time.process_time()
                 log.add(

@@ -67,7 +67,6 @@ class Trainer:
         if self.topology is not None:
             shard_replicated(self.model, self.topology)
         self.optimizer = adamw(self.model, lr=config.lr, weight_decay=config.weight_decay)
-        self.routers = [block.feed_forward.router for block in self.model.blocks]
         self.routing_log = RoutingLog(self.model)
 
     def train_step(self) -> dict:
@@ -86,8 +85,7 @@ class Trainer:
             finish_expert_gradients(self.model, self.topology)
         norm = clip_gradients(self.model, config.max_grad_norm, self.topology)
         self.optimizer.step()
-        for router, layer in zip(self.routers, zip(*routings)):
-            router.update(layer)
+        self.model.update_routers(routings)
         loss, aux_loss = mean_over_ranks(means).tolist()
         self.routing_log.add(self.step, routings[0], loss=loss)
         return {

@@ -209,8 +209,7 @@ def test_biases_and_thresholds_are_those_after_the_step():
         model = model_with(name)
         log = RoutingLog(model, every=1)
         routings = model(tokens())[1]
-        for block, routing in zip(model.blocks, routings):
-            block.feed_forward.router.update([routing])
+        model.update_routers([routings])
         log.add(1, routings)
         record, state = (
             log.training[0].layers[1],

@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from moe_core import LanguageModel
 from moe_core.lm import next_token_loss, train_step
+from moe_tools.schedule import warmup_cosine
 
 from .corpus import Corpus
 
@@ -103,19 +104,7 @@ def train(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-    warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(
-                optimizer, start_factor=1 / warmup, total_iters=warmup
-            ),
-            torch.optim.lr_scheduler.CosineAnnealingLR(
-                optimizer, T_max=max(1, steps - warmup), eta_min=lr / 10
-            ),
-        ],
-        milestones=[warmup],
-    )
+    schedule = warmup_cosine(optimizer, steps)
     history = History()
     model.train()
     bar = tqdm(range(1, steps + 1), disable=not progress, unit="step", mininterval=1.0)

@@ -11,9 +11,12 @@ Each rule is a function of a log; its threshold is a constant beside it. A rule 
 the log holds nothing to ask. Rules look at the later half of the log, where a run has settled, unless they say otherwise.
 """
 
-from . import load, router, run, state
+from . import load_illnesses as load
+from . import router_illnesses as router
+from . import run_illnesses as run
+from . import state_illnesses as state
 from .finding import Finding, Findings, Severity
-from .log import RoutingLog
+from .routing_log import RoutingLog
 
 # Name -> the rule, and what the log must hold for it. The order is that of equally severe findings.
 ILLNESSES = {

@@ -1,7 +1,7 @@
 """Which part of a log a rule looks at."""
 
-from .log import RoutingLog
-from .records import LayerRecord, StepRecord
+from .log_records import LayerRecord, StepRecord
+from .routing_log import RoutingLog
 
 
 def late(records: list[StepRecord]) -> list[StepRecord]:

@@ -18,9 +18,9 @@ from moe_core.ranks import mean_over_ranks, sum_over_ranks
 from moe_core.routing import Routing
 
 from .. import corpus
-from ..diagnosis.log import RoutingLog
-from .config import PretrainConfig
-from .optimizer import adamw, clip_gradients, finish_expert_gradients
+from ..diagnosis.routing_log import RoutingLog
+from .pretrain_config import PretrainConfig
+from .sharded_optimizer import adamw, clip_gradients, finish_expert_gradients
 from .topology import Topology, shard_replicated
 
 EVAL_BATCHES = 8

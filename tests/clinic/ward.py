@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_core import LanguageModel, LMConfig, MixtureOfExperts, MoEConfig
 from moe_core.lm import next_token_loss, train_step
 from moe_tools import corpus
-from moe_tools.diagnosis.log import RoutingLog
+from moe_tools.diagnosis.routing_log import RoutingLog
 
 SEEDS = range(5)
 STEPS, EVERY = 60, 5

@@ -13,7 +13,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from moe_tools import diagnosis
-from moe_tools.diagnosis.log import RoutingLog
+from moe_tools.diagnosis.routing_log import RoutingLog
 from moe_tools.pretrain import checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -7,8 +7,8 @@ from math import log as ln
 import pytest
 
 from moe_tools.diagnosis import ILLNESSES, Finding, Findings, Severity, diagnose
-from moe_tools.diagnosis.log import RoutingLog
-from moe_tools.diagnosis.records import LayerRecord, StepCosts, StepRecord
+from moe_tools.diagnosis.log_records import LayerRecord, StepCosts, StepRecord
+from moe_tools.diagnosis.routing_log import RoutingLog
 
 WELL = LayerRecord(
     asked=[250] * 8,

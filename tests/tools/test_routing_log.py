@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from moe_core import LanguageModel, LMConfig, MoEConfig, TopKRouter, losses, metrics
 from moe_core.routers import ROUTERS
 from moe_tools import diagnosis
-from moe_tools.diagnosis.log import RoutingLog
-from moe_tools.diagnosis.records import StepCosts, layer_record
+from moe_tools.diagnosis.log_records import StepCosts, layer_record
+from moe_tools.diagnosis.routing_log import RoutingLog
 
 from ..core.helpers import randn
 

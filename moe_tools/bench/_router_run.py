@@ -12,7 +12,8 @@ from moe_core.layer import MixtureOfExperts
 from moe_core.lm import LanguageModel, next_token_loss, train_step
 
 from ..probe import probe
-from ._rows import Budget, config, text
+from ..schedule import warmup_cosine
+from ._router_rows import Budget, config, text
 
 
 def run(name: str, seed: int, budget: Budget) -> dict:
@@ -41,19 +42,7 @@ def _train(model: LanguageModel, seed: int, budget: Budget) -> dict:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=budget.lr, betas=(0.9, 0.95), weight_decay=0.1
     )
-    warmup = max(1, budget.steps // 20)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(
-                optimizer, start_factor=1 / warmup, total_iters=warmup
-            ),
-            torch.optim.lr_scheduler.CosineAnnealingLR(
-                optimizer, T_max=max(1, budget.steps - warmup), eta_min=budget.lr / 10
-            ),
-        ],
-        milestones=[warmup],
-    )
+    schedule = warmup_cosine(optimizer, budget.steps)
     torch.manual_seed(seed)  # of the routers' own noise
     model.train()
     log = []

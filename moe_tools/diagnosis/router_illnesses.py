@@ -5,8 +5,8 @@ from statistics import fmean
 
 from ._window import late, late_by_layer, steps
 from .finding import Finding, Severity
-from .load import BALANCE_LOSSES
-from .log import RoutingLog
+from .load_illnesses import BALANCE_LOSSES
+from .routing_log import RoutingLog
 
 LARGE_LOGIT = (
     8.0  # from here on neighbours in bfloat16 are 1/16 apart: rounding changes e^h by up to 3 %

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from ._window import late, late_by_layer, steps
 from .finding import Finding, Severity
-from .log import RoutingLog
-from .records import LayerRecord
+from .log_records import LayerRecord
+from .routing_log import RoutingLog
 
 COLLAPSE = 0.5  # of the way from the fair share of the tokens to all tokens; for K much below E: an expert has over 50 % of them
 STARVED = 0.01  # of the tokens, or

@@ -4,9 +4,9 @@ from math import sqrt
 
 from ._window import by_layer, late, late_by_layer, steps
 from .finding import Finding, Severity
-from .load import crowds, starves
-from .log import RoutingLog
-from .records import LayerRecord
+from .load_illnesses import crowds, starves
+from .log_records import LayerRecord
+from .routing_log import RoutingLog
 
 OSCILLATION = -0.25  # correlation of an expert's excess load with that of the next step
 OSCILLATION_AMPLITUDE = (

@@ -4,8 +4,8 @@ from statistics import fmean
 
 from ._window import late, late_by_layer, steps
 from .finding import Finding, Severity
-from .log import RoutingLog
-from .records import StepRecord
+from .log_records import StepRecord
+from .routing_log import RoutingLog
 
 CLOSED_GATE = 0.05  # mean of a sigmoid; its slope there is a fifth of that at 1/2
 GAP = 0.05  # nats per token; the gain of expert threshold over token choice, say, is 0.067 (arXiv 2603.11535, table 2)

@@ -228,6 +228,20 @@ class LanguageModel(nn.Module):
                 routings.append(routing)
         return F.linear(self.norm(x), self.embedding.weight), routings
 
+    def update_routers(self, routings: Sequence[Sequence[Routing]]) -> None:
+        """Let every router learn what it learns outside the gradient; once after each optimiser step.
+
+        Args:
+            routings: what ``forward`` returned, for each micro-batch of the step: ``routings[micro_batch][layer]``.
+        """
+        layers = [
+            block.feed_forward
+            for block in self.blocks
+            if isinstance(block.feed_forward, MixtureOfExperts)
+        ]
+        for layer, of_layer in zip(layers, zip(*routings)):
+            layer.router.update(of_layer)
+
 
 def next_token_loss(logits_BNV: Tensor, tokens_BN: Tensor) -> Tensor:
     """Mean cross-entropy in nats of predicting token n+1 from the logits at position n.
@@ -235,3 +249,30 @@ def next_token_loss(logits_BNV: Tensor, tokens_BN: Tensor) -> Tensor:
     The shift by one happens here: give the tokens that went into the model. Scalar, float32; needs N >= 2.
     """
     return F.cross_entropy(logits_BNV[:, :-1].flatten(0, 1).float(), tokens_BN[:, 1:].flatten())
+
+
+def train_step(
+    model: LanguageModel,
+    optimizer: torch.optim.Optimizer,
+    tokens_BN: Tensor,
+    padding_mask: Tensor | None = None,
+    *,
+    max_grad_norm: float = 1.0,
+) -> tuple[Tensor, list[Routing]]:
+    """One optimiser step on one batch: loss plus auxiliary losses, backward, clip, step, and the routers' own update.
+
+    Args:
+        tokens_BN, padding_mask: as ``LanguageModel.forward`` takes them.
+        max_grad_norm: the gradients are scaled down to this norm over the whole model.
+
+    Returns:
+        The cross-entropy of the batch, without auxiliary losses and without graph, and one Routing for each MoE layer.
+    """
+    logits_BNV, routings = model(tokens_BN, padding_mask)
+    loss = next_token_loss(logits_BNV, tokens_BN)
+    optimizer.zero_grad(set_to_none=True)
+    (loss + sum(routing.aux_loss for routing in routings)).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    model.update_routers([routings])
+    return loss.detach(), routings

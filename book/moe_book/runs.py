@@ -6,7 +6,6 @@ versions, and the curves. Chapters load the JSON and say so.
 
 import json
 import math
-import os
 import platform
 import re
 from datetime import date
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from moe_tools.machine import machine
 
 FOLDER = Path(__file__).resolve().parent.parent / "runs"
 
@@ -43,12 +44,7 @@ def save(name: str, *, config: dict, seeds: list[int], results: dict) -> Path:
         "name": name,
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__.split("+")[0]},
-        "machine": {
-            "processor": platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
+        "machine": machine(),
         "config": config,
         "seeds": seeds,
         "results": rounded(results),

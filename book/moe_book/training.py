@@ -7,7 +7,8 @@ import torch
 from tqdm.auto import tqdm
 
 from moe_core import LanguageModel
-from moe_core.lm import next_token_loss
+from moe_core.lm import next_token_loss, train_step
+from moe_tools.schedule import warmup_cosine
 
 from .corpus import Corpus
 
@@ -103,43 +104,18 @@ def train(
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-    warmup = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(
-                optimizer, start_factor=1 / warmup, total_iters=warmup
-            ),
-            torch.optim.lr_scheduler.CosineAnnealingLR(
-                optimizer, T_max=max(1, steps - warmup), eta_min=lr / 10
-            ),
-        ],
-        milestones=[warmup],
-    )
-    routers = [
-        block.feed_forward.router for block in model.blocks if hasattr(block.feed_forward, "router")
-    ]
+    schedule = warmup_cosine(optimizer, steps)
     history = History()
     model.train()
     bar = tqdm(range(1, steps + 1), disable=not progress, unit="step", mininterval=1.0)
     for step in bar:
         start = time.perf_counter()
         tokens = corpus.batch(batch_size, seq_len, generator=generator)[0].to(device)
-        logits, routings = model(tokens)
-        loss = next_token_loss(logits, tokens)
-        aux_loss = sum(
-            (routing.aux_loss for routing in routings), start=torch.zeros((), device=device)
-        )
-        optimizer.zero_grad(set_to_none=True)
-        (loss + aux_loss).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss, routings = train_step(model, optimizer, tokens)
         schedule.step()
-        for router, routing in zip(routers, routings):
-            router.update([routing])
         history.step.append(step)
         history.loss.append(loss.item())
-        history.aux_loss.append(aux_loss.item())
+        history.aux_loss.append(sum((r.aux_loss for r in routings), start=torch.zeros(())).item())
         history.load.append(
             [
                 (r.tokens_per_expert / r.tokens_per_expert.sum().clamp(min=1)).tolist()

@@ -13,7 +13,7 @@ sys.path[:0] = [
 ]  # moe_book and moe_core, installed or not
 
 from moe_book import runs
-from moe_tools.bench import layer
+from moe_tools.bench import layer_speed
 
 SEEDS, ROUNDS, GROWTH_ROUNDS = [0, 1, 2], 5, 3
 
@@ -29,15 +29,16 @@ def gathered(records: list[dict]) -> dict:
 
 
 def main() -> None:
-    tiny = layer.Shape(8, 8, 16, 4, 2)
+    tiny = layer_speed.LayerShape(8, 8, 16, 4, 2)
     jobs = [
-        dict(shapes=[shape], seeds=SEEDS, rounds=ROUNDS, scaling=False) for shape in layer.SHAPES
+        dict(shapes=[shape], seeds=SEEDS, rounds=ROUNDS, scaling=False)
+        for shape in layer_speed.LAYER_SHAPES
     ]
     jobs.append(dict(shapes=[tiny], seeds=SEEDS, rounds=GROWTH_ROUNDS, scaling=True))
     records = []
     for job in jobs:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as alone:
-            records.append(alone.submit(layer.bench, **job).result())
+            records.append(alone.submit(layer_speed.bench, **job).result())
         print(records[-1]["results"]["shapes"][0]["name"], flush=True)
     records[-1]["results"]["shapes"] = []
     save(records)

@@ -3,15 +3,15 @@
 ``ModelSpec`` is a model in numbers; everything else is a function of one. Published models: ``moe_core.published.MODELS``.
 """
 
-from .activations import activation_bytes_per_token
+from .activation_bytes import activation_bytes_per_token
 from .attention import AttentionSpec, LatentAttentionSpec, Mixer
 from .communication import AllToAll, all_to_alls
-from .dense import DenseEquivalent, dense_of_equal_active, dense_of_equal_total
+from .dense_equivalent import DenseEquivalent, dense_of_equal_active, dense_of_equal_total
 from .feed_forward import DenseSpec, MoESpec
 from .flops import Flops, forward_flops, training_flops
-from .hf import from_hf
-from .lm import from_lm
-from .memory import (
+from .from_hf_config import from_hf
+from .from_lm_config import from_lm
+from .model_memory import (
     PRECISIONS,
     Precision,
     StateMemory,

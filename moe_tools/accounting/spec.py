@@ -12,7 +12,7 @@ from .feed_forward import DenseSpec, MoESpec
 # Numbers in one norm, in multiples of D: gain, gain and bias, nothing.
 NORMS = {"rms": 1, "layer": 2, "none": 0}
 PARTS = ("embedding", "attention", "router", "experts", "shared", "dense", "norms", "head")
-CONVENTIONS = ("all", "head", "nonemb")
+ACTIVE_CONVENTIONS = ("all", "head", "nonemb")
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class ModelSpec:
 
     def active(self, convention: str = "all") -> int:
         """Active parameters by a convention: "all", "head" or "nonemb". Raises ValueError for another."""
-        one_of(CONVENTIONS, convention=convention)
+        one_of(ACTIVE_CONVENTIONS, convention=convention)
         return {
             "all": self.active_params,
             "head": self.active_params_head,

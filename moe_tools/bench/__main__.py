@@ -10,7 +10,7 @@ import torch
 
 from moe_core.experts import BACKENDS
 
-from . import _layer_table, _parallel_table, layer, parallel, routers
+from . import _layer_table, _parallel_table, layer_speed, parallel, routers
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -84,7 +84,7 @@ def _layer_arguments(command: argparse.ArgumentParser) -> None:
         "--backends", nargs="+", default=["auto"], choices=BACKENDS, help="which of ours take part"
     )
     command.add_argument(
-        "--seeds", type=int, nargs="+", default=list(layer.SEEDS), help="one repetition each"
+        "--seeds", type=int, nargs="+", default=list(layer_speed.SEEDS), help="one repetition each"
     )
     command.add_argument(
         "--rounds", type=int, default=7, help="measurements of each contestant in a repetition"
@@ -107,8 +107,8 @@ def _layer_arguments(command: argparse.ArgumentParser) -> None:
 def _layer(asked: argparse.Namespace) -> tuple[dict, str]:
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    shapes = [layer.Shape(*sizes) for sizes in asked.shape or ()] or None
-    record = layer.bench(
+    shapes = [layer_speed.LayerShape(*sizes) for sizes in asked.shape or ()] or None
+    record = layer_speed.bench(
         shapes,
         backends=asked.backends,
         seeds=asked.seeds,
@@ -143,7 +143,7 @@ def _parallel_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _parallel(asked: argparse.Namespace) -> tuple[dict, str]:
-    shapes = [layer.Shape(*sizes) for sizes in asked.shape or ()] or None
+    shapes = [layer_speed.LayerShape(*sizes) for sizes in asked.shape or ()] or None
     record = parallel.bench(
         shapes, n_ranks=asked.ranks, seeds=asked.seeds, rounds=asked.rounds, progress=_say
     )

@@ -15,7 +15,7 @@ from moe_core.config import MoEConfig
 from moe_core.layer import MixtureOfExperts
 from moe_core.parallel import ExpertShard, TorchExchange, contiguous
 
-from .layer import Shape
+from .layer_speed import LayerShape
 
 ALONE = "1 process"
 APART = "R processes, nothing exchanged"
@@ -65,7 +65,7 @@ def serve(rank: int, n_ranks: int, folder: str, jobs: list[tuple], pipe) -> None
     dist.destroy_process_group()
 
 
-def measure(shape: Shape, seed: int, rounds: int, sizes: list[int]) -> dict:
+def measure(shape: LayerShape, seed: int, rounds: int, sizes: list[int]) -> dict:
     """This rank's seconds of every contestant and of every all-to-all, one entry a round; every rank calls it.
 
     Args:
@@ -134,12 +134,12 @@ def measure(shape: Shape, seed: int, rounds: int, sizes: list[int]) -> dict:
     }
 
 
-def _layer(shape: Shape, seed: int, shard: ExpertShard | None) -> MixtureOfExperts:
+def _layer(shape: LayerShape, seed: int, shard: ExpertShard | None) -> MixtureOfExperts:
     torch.manual_seed(seed)
     return MixtureOfExperts(MoEConfig(shape.D, shape.F, shape.E, shape.K), shard)
 
 
-def _tokens(shape: Shape, seed: int) -> Tensor:
+def _tokens(shape: LayerShape, seed: int) -> Tensor:
     return torch.randn(1, shape.T, shape.D, generator=torch.Generator().manual_seed(seed))
 
 

@@ -1,8 +1,9 @@
 """What the parallel bench found, as text: steps and how they scale, the all-to-alls of a step against the model, and the links."""
 
-import statistics
+from statistics import fmean
 
-from ._layer_table import _markdown
+from .. import markdown
+from ._repetitions import band
 from .parallel import ALONE, APART, SAME_EACH, SAME_TOKENS
 
 
@@ -38,13 +39,13 @@ def scaling(record: dict) -> str:
                 [
                     found["name"],
                     _named(name, record),
-                    f"{_mean([ms[name] for ms in found['ms']]):.2f}",
-                    _band(speed),
-                    f"{_mean([m['in_step_ms'] for m in moved]):.2f} ms" if moved else "",
-                    f"{_mean([m['share_of_step'] for m in moved]):.0%}" if moved else "",
+                    f"{fmean([ms[name] for ms in found['ms']]):.2f}",
+                    band(speed),
+                    f"{fmean([m['in_step_ms'] for m in moved]):.2f} ms" if moved else "",
+                    f"{fmean([m['share_of_step'] for m in moved]):.0%}" if moved else "",
                 ]
             )
-    return _markdown(head, lines)
+    return markdown.number_table(head, lines, text_columns=2)
 
 
 def all_to_alls(record: dict) -> str:
@@ -71,14 +72,14 @@ def all_to_alls(record: dict) -> str:
                 [
                     found["name"],
                     _named(name, record),
-                    f"{_mean([_megabytes(run['moves']) for run in runs]):.3f}",
-                    f"{_mean(modelled):.2f}",
-                    f"{_mean(measured):.2f}",
-                    _band([one / other for one, other in zip(modelled, measured)]),
-                    f"{_mean([run['in_step_ms'] for run in runs]):.2f}",
+                    f"{fmean([_megabytes(run['moves']) for run in runs]):.3f}",
+                    f"{fmean(modelled):.2f}",
+                    f"{fmean(measured):.2f}",
+                    band([one / other for one, other in zip(modelled, measured)]),
+                    f"{fmean([run['in_step_ms'] for run in runs]):.2f}",
                 ]
             )
-    return _markdown(head, lines)
+    return markdown.number_table(head, lines, text_columns=2)
 
 
 def links(record: dict) -> str:
@@ -90,23 +91,25 @@ def links(record: dict) -> str:
             for link in run:
                 sizes.setdefault(link["bytes"], []).append(link)
     text = (
-        f"Fitted: alpha {1e6 * _mean([n['latency'] for n in networks]):.0f} us a message, "
-        f"1/beta {1e9 * _mean([n['seconds_per_byte'] for n in networks]):.3f} ns a byte."
+        f"Fitted: alpha {1e6 * fmean([n['latency'] for n in networks]):.0f} us a message, "
+        f"1/beta {1e9 * fmean([n['seconds_per_byte'] for n in networks]):.3f} ns a byte."
     )
     lines = [
         [
             f"{size:,}",
-            f"{_mean([link['ms'] for link in several]):.3f}",
-            f"{_mean([link['modelled_ms'] for link in several]):.3f}",
-            _band([link["modelled_ms"] / link["ms"] for link in several]),
+            f"{fmean([link['ms'] for link in several]):.3f}",
+            f"{fmean([link['modelled_ms'] for link in several]):.3f}",
+            band([link["modelled_ms"] / link["ms"] for link in several]),
         ]
         for size, several in sizes.items()
     ]
     return (
         text
         + "\n\n"
-        + _markdown(
-            ["bytes to each other rank", "measured ms", "modelled", "modelled / measured"], lines
+        + markdown.number_table(
+            ["bytes to each other rank", "measured ms", "modelled", "modelled / measured"],
+            lines,
+            text_columns=0,
         )
     )
 
@@ -123,11 +126,3 @@ def _megabytes(moves: list[dict]) -> float:
 
 def _named(name: str, record: dict) -> str:
     return name.replace("R ", f"{record['config']['n_ranks']} ")
-
-
-def _mean(values: list[float]) -> float:
-    return statistics.fmean(values)
-
-
-def _band(values: list[float]) -> str:
-    return f"{_mean(values):.2f} ± {(max(values) - min(values)) / 2:.2f}"

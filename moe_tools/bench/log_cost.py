@@ -13,13 +13,13 @@ import time
 import torch
 
 from moe_core.config import MoEConfig
-from moe_core.lm import LanguageModel, LMConfig, next_token_loss
+from moe_core.lm import LanguageModel, LMConfig, train_step
 from moe_core.validate import whole
 
-from ..diagnosis.log import RoutingLog
-from ._rows import text
+from ..diagnosis.routing_log import RoutingLog
+from ._router_rows import text
 
-SIZES = {  # name -> LMConfig's d_model, n_layers and n_heads, MoEConfig's d_ff, batch_size, seq_len
+MODEL_SIZES = {  # name -> LMConfig's d_model, n_layers and n_heads, MoEConfig's d_ff, batch_size, seq_len
     "router bench": (64, 2, 4, 64, 16, 64),
     "chapter": (128, 4, 4, 128, 16, 128),
 }
@@ -29,16 +29,16 @@ def measure(size: str, *, every: int = 20, rounds: int = 15) -> dict[str, float]
     """Step time in ms of one processor, the medians' ratio minus 1, and the median share of the time spent in ``add``.
 
     Args:
-        size: one of ``SIZES``. every: steps between records, and in a round. rounds: of each kind.
+        size: one of ``MODEL_SIZES``. every: steps between records, and in a round. rounds: of each kind.
 
     Raises:
         ValueError: a number is not a whole one, at least 1 (every: 2), or the size is unknown.
     """
     whole(2, every=every)
     whole(1, rounds=rounds)
-    if size not in SIZES:
-        raise ValueError(f"size={size!r} must be one of {', '.join(SIZES)}")
-    d_model, n_layers, n_heads, d_ff, batch_size, seq_len = SIZES[size]
+    if size not in MODEL_SIZES:
+        raise ValueError(f"size={size!r} must be one of {', '.join(MODEL_SIZES)}")
+    d_model, n_layers, n_heads, d_ff, batch_size, seq_len = MODEL_SIZES[size]
     torch.manual_seed(0)
     moe = MoEConfig(d_model=d_model, d_ff=d_ff, n_experts=8, top_k=2, aux_loss_weight=0.01)
     model = LanguageModel(
@@ -53,11 +53,7 @@ def measure(size: str, *, every: int = 20, rounds: int = 15) -> dict[str, float]
         for _ in range(every):
             step += 1
             tokens = text().batch(batch_size, seq_len, generator=generator)[0]
-            logits, routings = model(tokens)
-            loss = next_token_loss(logits, tokens)
-            optimizer.zero_grad(set_to_none=True)
-            (loss + sum(routing.aux_loss for routing in routings)).backward()
-            optimizer.step()
+            loss, routings = train_step(model, optimizer, tokens)
             if logged:
                 before = time.process_time()
                 log.add(
@@ -85,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="with the log, and as many without")
     asked = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    for size in SIZES:
+    for size in MODEL_SIZES:
         found = measure(size, every=asked.every, rounds=asked.rounds)
         print(
             f"{size}: a step takes {found['step_ms']:.1f} ms; logging every {asked.every} steps adds {found['ratio']:+.2%} "

@@ -22,35 +22,36 @@ import torch
 from moe_core.validate import whole
 
 from ..accounting.network import Network
+from ..machine import machine
 from . import _parallel_rank
 from ._parallel_rank import ALONE, APART, SAME_EACH, SAME_TOKENS, SPREAD
-from .layer import Shape, _machine
+from ._repetitions import SEEDS
+from .layer_speed import LayerShape
 
-__all__ = ["ALONE", "APART", "SAME_EACH", "SAME_TOKENS", "SEEDS", "SHAPES", "bench", "fit"]
+__all__ = ["ALONE", "APART", "SAME_EACH", "SAME_TOKENS", "SEEDS", "PARALLEL_SHAPES", "bench", "fit"]
 
-SEEDS = (0, 1, 2)
-SHAPES = (
-    Shape(4096, 256, 512, 16, 2),
-    Shape(2048, 512, 256, 64, 8),
-    Shape(2048, 512, 1024, 8, 2),
-    Shape(64, 512, 1024, 8, 2),
+PARALLEL_SHAPES = (
+    LayerShape(4096, 256, 512, 16, 2),
+    LayerShape(2048, 512, 256, 64, 8),
+    LayerShape(2048, 512, 1024, 8, 2),
+    LayerShape(64, 512, 1024, 8, 2),
 )
-SIZES = tuple(4**n for n in range(4, 13))  # 256 bytes to 16 MiB to each other rank
+MESSAGE_SIZES = tuple(4**n for n in range(4, 13))  # 256 bytes to 16 MiB to each other rank
 
 
 def bench(
-    shapes: Iterable[Shape] | None = None,
+    shapes: Iterable[LayerShape] | None = None,
     *,
     n_ranks: int = 2,
     seeds: Iterable[int] = SEEDS,
     rounds: int = 7,
-    sizes: Iterable[int] = SIZES,
+    sizes: Iterable[int] = MESSAGE_SIZES,
     progress: Callable[[str], None] = lambda line: None,
 ) -> dict:
     """Start the processes, measure, end them.
 
     Args:
-        shapes: None: ``SHAPES``. T is the number of tokens in all, or in each process.
+        shapes: None: ``PARALLEL_SHAPES``. T is the number of tokens in all, or in each process.
         n_ranks: R, processes; as many processor cores should be free.
         seeds: of weights and tokens; each seed is one repetition of the whole.
         rounds: measurements of each contestant and each all-to-all in a repetition.
@@ -64,7 +65,7 @@ def bench(
         ValueError: a number is out of range, or R does not divide T or E.
         RuntimeError: a process ended before it had measured everything.
     """
-    shapes, seeds, sizes = list(shapes or SHAPES), list(seeds), sorted(set(sizes))
+    shapes, seeds, sizes = list(shapes or PARALLEL_SHAPES), list(seeds), sorted(set(sizes))
     whole(2, n_ranks=n_ranks, n_sizes=len(sizes))
     whole(1, rounds=rounds, n_seeds=len(seeds), smallest_size=sizes[0])
     for shape in shapes:
@@ -87,7 +88,7 @@ def bench(
         )
     config = {"n_ranks": n_ranks, "rounds": rounds, "backend": "gloo", "dtype": "float32"}
     return {
-        "machine": _machine("cpu") | {"threads": 1},
+        "machine": machine("cpu") | {"threads": 1, "torch": torch.__version__.split("+")[0]},
         "config": config,
         "seeds": seeds,
         "results": results,

@@ -20,12 +20,12 @@ from dataclasses import asdict
 from moe_core.capacity import CapacityRule
 from moe_core.validate import whole
 
-from ._measure import run
-from ._rows import ROWS, Budget, config
+from .. import markdown
+from ._repetitions import SEEDS, band
+from ._router_rows import ROWS, Budget, config
+from ._router_run import run
 
 __all__ = ["ROWS", "SEEDS", "Budget", "bench", "config", "run", "table"]
-
-SEEDS = (0, 1, 2)
 
 
 def bench(
@@ -141,24 +141,10 @@ def table(record: dict) -> str:
     rows = [
         _row(name, found, topk)
         for name, found in sorted(
-            record["results"].items(), key=lambda item: _mean(item[1]["held_out"])
+            record["results"].items(), key=lambda item: statistics.fmean(item[1]["held_out"])
         )
     ]
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    line = lambda cells: (
-        "| "
-        + " | ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths))
-        )
-        + " |"
-    )
-    rule = (
-        "|"
-        + "|".join("-" * (width + 1) + ("-" if i == 0 else ":") for i, width in enumerate(widths))
-        + "|"
-    )
-    return "\n".join([line(head), rule, *map(line, rows)])
+    return markdown.number_table(head, rows, text_columns=1)
 
 
 def _row(name: str, found: dict, topk: list[float] | None) -> list[str]:
@@ -169,31 +155,25 @@ def _row(name: str, found: dict, topk: list[float] | None) -> list[str]:
     )
     return [
         name,
-        _band(found["held_out"], ".3f"),
-        _band([mine - its for mine, its in zip(found["held_out"], topk)], "+.3f") if topk else "",
-        f"{round(_mean(borrowed), 3) + 0.0:+.3f}",
-        f"{_mean(found['training_loss']):.3f}",
-        f"{_mean(training['max_violation']):.2f}",
-        f"{_mean(evaluated['max_violation']):.2f}",
-        f"{_mean(training['drop_rate']):.1%}",
-        f"{_mean(evaluated['drop_rate']):.1%}",
-        f"{_mean(evaluated['load_entropy']):.2f}",
-        f"{_mean(evaluated['router_entropy']):.2f}",
-        f"{_mean(evaluated['dead_experts']):.1f}",
-        f"{_mean(training['experts_per_token']):.2f}",
-        f"{_mean(evaluated['experts_per_token']):.2f}",
+        band(found["held_out"], ".3f", ".3f"),
+        band([mine - its for mine, its in zip(found["held_out"], topk)], "+.3f", ".3f")
+        if topk
+        else "",
+        f"{round(statistics.fmean(borrowed), 3) + 0.0:+.3f}",
+        f"{statistics.fmean(found['training_loss']):.3f}",
+        f"{statistics.fmean(training['max_violation']):.2f}",
+        f"{statistics.fmean(evaluated['max_violation']):.2f}",
+        f"{statistics.fmean(training['drop_rate']):.1%}",
+        f"{statistics.fmean(evaluated['drop_rate']):.1%}",
+        f"{statistics.fmean(evaluated['load_entropy']):.2f}",
+        f"{statistics.fmean(evaluated['router_entropy']):.2f}",
+        f"{statistics.fmean(evaluated['dead_experts']):.1f}",
+        f"{statistics.fmean(training['experts_per_token']):.2f}",
+        f"{statistics.fmean(evaluated['experts_per_token']):.2f}",
         time,
         f"{_yes(found['causal'])} ({_yes(found['causal_in_training'])})",
         _yes(found["batch_invariant"]),
     ]
-
-
-def _band(values: list[float], sign: str) -> str:
-    return f"{_mean(values):{sign}} ± {(max(values) - min(values)) / 2:.3f}"
-
-
-def _mean(values: list[float]) -> float:
-    return statistics.fmean(values)
 
 
 def _yes(answer: bool) -> str:

@@ -6,7 +6,7 @@ Also: ``scaling``, what published laws expect of the loss; ``hf``, the design as
 """
 
 from .assistant import Design, design
-from .budget import Budget, Impossible
+from .budget import DesignBudget, Impossible
 from .rules import RULES, Rule
 
-__all__ = ["RULES", "Budget", "Design", "Impossible", "Rule", "design"]
+__all__ = ["RULES", "DesignBudget", "Design", "Impossible", "Rule", "design"]

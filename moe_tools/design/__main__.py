@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..accounting import ACCELERATORS
 from .assistant import design
-from .budget import ROUTERS, Budget, number
+from .budget import DESIGN_ROUTERS, DesignBudget, number
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,13 +56,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--top-k", type=_whole, help="experts per token (default: by the rules)")
     parser.add_argument(
-        "--seq-len", type=_whole, default=Budget.seq_len, help=f"(default: {Budget.seq_len})"
+        "--seq-len",
+        type=_whole,
+        default=DesignBudget.seq_len,
+        help=f"(default: {DesignBudget.seq_len})",
     )
     parser.add_argument(
         "--vocab-size",
         type=_whole,
-        default=Budget.vocab_size,
-        help=f"(default: {Budget.vocab_size})",
+        default=DesignBudget.vocab_size,
+        help=f"(default: {DesignBudget.vocab_size})",
     )
     parser.add_argument(
         "--batch-tokens", type=_number, help="tokens of an optimiser step (default: by the rules)"
@@ -76,12 +79,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--utilisation",
         type=float,
-        default=Budget.utilisation,
-        help=f"share of the peak while computing, assumed (default: {Budget.utilisation})",
+        default=DesignBudget.utilisation,
+        help=f"share of the peak while computing, assumed (default: {DesignBudget.utilisation})",
     )
     parser.add_argument(
         "--router",
-        choices=ROUTERS,
+        choices=DESIGN_ROUTERS,
         help="(default: loss_free, or expert_threshold with --streaming)",
     )
     parser.add_argument(
@@ -106,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     asked = vars(parser.parse_args(argv))
     out, hf_file = asked.pop("out"), asked.pop("hf_config")
     try:
-        found = design(Budget(**asked))
+        found = design(DesignBudget(**asked))
         config = found.hf_config() if hf_file else None
         if out:
             out.write_text(found.markdown(), encoding="utf8")

@@ -6,14 +6,14 @@ from functools import cached_property
 from moe_core.config import MoEConfig
 
 from ..accounting import ModelSpec, dense_of_equal_active, dense_of_equal_total, training_flops
-from .budget import Budget, Impossible
-from .hf import hf_config
+from .budget import DesignBudget, Impossible
+from .design_report import report
+from .model_shape import SPARSITY, TOLERANCE, ModelShape, choose_shape, find_shape
 from .plan import Plan, fits, make_plan
-from .report import report
-from .router import router_design
+from .router_choices import router_design
 from .rules import Choice
-from .scaling import Prediction, fine_grained, fine_grained_dense, routed
-from .shape import SPARSITY, TOLERANCE, Shape, choose_shape, find_shape
+from .scaling_laws import Prediction, fine_grained, fine_grained_dense, routed
+from .to_hf_config import hf_config
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Design:
         router_choices: what the router does, and why.
     """
 
-    budget: Budget
-    shape: Shape
+    budget: DesignBudget
+    shape: ModelShape
     plan: Plan
     moe: MoEConfig
     router_choices: tuple[Choice, ...]
@@ -75,7 +75,7 @@ class Design:
     __str__ = markdown
 
 
-def design(budget: Budget) -> Design:
+def design(budget: DesignBudget) -> Design:
     """A design for a budget; the same budget gives the same design.
 
     Raises:
@@ -95,7 +95,7 @@ def _nonemb(spec: ModelSpec) -> int:
     return spec.total_params - spec.parts["embedding"] - spec.parts["head"]
 
 
-def _shape(budget: Budget) -> Shape:
+def _shape(budget: DesignBudget) -> ModelShape:
     """The shape of the active parameters asked for, or of those whose training costs the FLOPs asked for."""
     if budget.active:
         return _sparse_enough(budget, budget.active)
@@ -124,7 +124,7 @@ def _shape(budget: Budget) -> Shape:
     return best[1]
 
 
-def _sparse_enough(budget: Budget, active: float) -> Shape:
+def _sparse_enough(budget: DesignBudget, active: float) -> ModelShape:
     """With no total asked for: half or a quarter of the experts where memory holds no more."""
     shape = choose_shape(budget, active)
     for sparsity in () if budget.total is not None else (SPARSITY // 2, SPARSITY // 4):
@@ -134,13 +134,13 @@ def _sparse_enough(budget: Budget, active: float) -> Shape:
     return shape
 
 
-def _with_sparsity(shape: Shape, active: float, sparsity: int) -> Shape:
+def _with_sparsity(shape: ModelShape, active: float, sparsity: int) -> ModelShape:
     return find_shape(
         active, shape.vocab_size, shape.top_k, shape.n_shared_experts, sparsity * shape.top_k
     )
 
 
-def _smaller(shape: Shape, budget: Budget) -> list[str]:
+def _smaller(shape: ModelShape, budget: DesignBudget) -> list[str]:
     """The next smaller model that would fit: fewer experts, else fewer active parameters."""
     active, free = shape.spec.active_params, replace(budget, total=None)
     if budget.total is not None:

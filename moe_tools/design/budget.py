@@ -7,7 +7,7 @@ from moe_core.validate import at_least, boolean, one_of, whole
 
 from ..accounting import ACCELERATORS, Accelerator
 
-ROUTERS = ("loss_free", "topk", "expert_threshold")
+DESIGN_ROUTERS = ("loss_free", "topk", "expert_threshold")
 RESERVE = 0.1  # of a GPU's memory, left to kernels, buffers and fragmentation: a rule of thumb
 SUFFIXES = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12}
 
@@ -37,7 +37,7 @@ def number(text: str) -> float:
 
 
 @dataclass(frozen=True)
-class Budget:
+class DesignBudget:
     """A budget for one training run.
 
     Attributes:
@@ -50,7 +50,7 @@ class Budget:
         memory_limit: bytes a GPU may fill; None: nine tenths of what it has.
         utilisation: share of the peak that computing reaches, exchange apart. An assumption: measure yours.
         batch_tokens: tokens of an optimiser step; None leaves them to the rules.
-        router: one of ``ROUTERS``; None: "loss_free", or "expert_threshold" if streaming.
+        router: one of ``DESIGN_ROUTERS``; None: "loss_free", or "expert_threshold" if streaming.
         streaming: a token's experts may hang on nothing but that token, in training's last phase as when it is served.
         top_k: experts per token; None leaves them to the rules.
         fp8_dispatch: rows go to the experts in one byte per number (and come back in two).
@@ -95,7 +95,7 @@ class Budget:
         boolean(streaming=self.streaming, fp8_dispatch=self.fp8_dispatch)
         whole(1, top_k=1 if self.top_k is None else self.top_k)
         whole(1, ranks_per_node=self.gpus_per_node)
-        one_of(ROUTERS, router=self.router_name)
+        one_of(DESIGN_ROUTERS, router=self.router_name)
         if self.streaming and self.router_name != "expert_threshold":
             raise ValueError(
                 f"router={self.router!r} must be 'expert_threshold' where streaming=True"

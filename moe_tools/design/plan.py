@@ -5,13 +5,13 @@ from dataclasses import dataclass, replace
 from moe_core.parallel import Placement, contiguous
 
 from ..accounting import expert_roofline, training_flops
-from ._text import si
-from .budget import Budget
-from .exchange import Exchange, exchange_of, node_limit
-from .memory import SAVINGS, GpuMemory, does_not_fit, ep_sizes, gpu_memory
+from ..units import count
+from .budget import DesignBudget
+from .exchange_cost import ExchangeCost, exchange_of, node_limit
+from .gpu_memory import SAVINGS, GpuMemory, does_not_fit, ep_sizes, gpu_memory
+from .model_shape import ModelShape
 from .replicas import replica_seconds
 from .rules import Choice, choice
-from .shape import Shape
 
 SHARE_LIMIT = 0.3  # rule "30 % exchange"
 MICRO_BATCHES = (1, 2, 4, 8, 16)  # sequences
@@ -31,8 +31,8 @@ class Plan:
         memory: of one GPU.
     """
 
-    shape: Shape
-    budget: Budget
+    shape: ModelShape
+    budget: DesignBudget
     ep: int
     sharded: str
     recompute: str
@@ -61,7 +61,7 @@ class Plan:
         return self.budget.sequences_per_step // self.micro_batch
 
     @property
-    def exchange(self) -> Exchange:
+    def exchange(self) -> ExchangeCost:
         """The exchange of one micro-batch."""
         return exchange_of(
             self.shape,
@@ -128,7 +128,7 @@ class Plan:
         """Of the step."""
         return self.share_with(self.exchange)
 
-    def share_with(self, exchange: Exchange) -> float:
+    def share_with(self, exchange: ExchangeCost) -> float:
         """Share of the step that another exchange would take, all else being the same."""
         seconds = self.micro_batches * exchange.seconds
         return seconds / (seconds + self.step_seconds - self.exchange_seconds)
@@ -139,7 +139,7 @@ class Plan:
         return self.step_seconds * self.budget.tokens / self.budget.tokens_per_step
 
 
-def make_plan(shape: Shape, budget: Budget) -> Plan:
+def make_plan(shape: ModelShape, budget: DesignBudget) -> Plan:
     """The plan with the shortest modelled step among those that fit; a node limit only where the exchange would pass 30 % of the step.
 
     Weights are sharded only where nothing else fits: that all of their traffic hides behind computing is hoped for, not known.
@@ -158,12 +158,12 @@ def make_plan(shape: Shape, budget: Budget) -> Plan:
     return fastest
 
 
-def fits(shape: Shape, budget: Budget) -> bool:
+def fits(shape: ModelShape, budget: DesignBudget) -> bool:
     """Whether any plan does."""
     return any(True for _ in _fitting(shape, budget))
 
 
-def _fitting(shape: Shape, budget: Budget):
+def _fitting(shape: ModelShape, budget: DesignBudget):
     for sharded, recompute in SAVINGS:
         for ep in ep_sizes(budget.gpus, budget.gpus_per_node, shape.n_experts):
             for micro in MICRO_BATCHES:
@@ -236,9 +236,9 @@ def plan_choices(plan: Plan) -> list[Choice]:
         ),
         choice(
             "batch",
-            f"{si(b.tokens_per_step)} tokens",
+            f"{count(b.tokens_per_step)} tokens",
             "a power of two of sequences a GPU"
-            + (f", for the {si(b.batch_tokens)} asked for" if b.batch_tokens else ""),
+            + (f", for the {count(b.batch_tokens)} asked for" if b.batch_tokens else ""),
             "batch",
         ),
     ]

@@ -8,12 +8,12 @@ h numbers of b bytes a rank, held alike by c ranks in each of M nodes. A model, 
 """
 
 from ..accounting import ModelSpec
-from ..accounting.memory import PRECISIONS
-from .budget import Budget
+from ..accounting.model_memory import PRECISIONS
+from .budget import DesignBudget
 
 
 def collective_seconds(
-    numbers: float, per_node: int, nodes: int, budget: Budget, bytes_per_number: float
+    numbers: float, per_node: int, nodes: int, budget: DesignBudget, bytes_per_number: float
 ) -> float:
     """One gathering, or one summing, of ``numbers`` that c = per_node ranks in each of M = nodes hold alike."""
     gpu = budget.accelerator
@@ -25,7 +25,7 @@ def collective_seconds(
 
 
 def replica_seconds(
-    spec: ModelSpec, budget: Budget, *, ep: int, sharded: str, micro_batches: int
+    spec: ModelSpec, budget: DesignBudget, *, ep: int, sharded: str, micro_batches: int
 ) -> float:
     """Seconds of a step: gradients summed and weights gathered once; where weights are sharded, once summed and twice gathered for
     each micro-batch (forward and backward)."""

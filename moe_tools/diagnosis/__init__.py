@@ -1,40 +1,21 @@
 """Diagnosis: from a ``RoutingLog`` to what is wrong with a run, how one can tell, and what to do about it.
 
-    finding   Finding · Findings · Severity          what a diagnosis says
-    load      who gets how many tokens               collapse · starvation · load imbalance · drop storm
-    state     what it learns outside the gradient    oscillating bias · threshold cold start
-    router    what the router computes               logit drift · bf16 router · over-strong balance loss
-    run       what stands around it                  padding counted · dead shared gate · train-eval gap · straggler rank ·
-                                                     slow all-to-all · memory pressure
+    routing_log         what a run writes down               log_records   one step, in plain numbers
+    illness             how a rule becomes an illness        finding       what a diagnosis says
+    *_illnesses         the rules: of the load, of what a router learns outside the gradient (state), of what
+                        it computes (router), of what stands around it (run)
 
-Each rule is a function of a log; its threshold is a constant beside it. A rule returns the findings, none where all is well, and None where
-the log holds nothing to ask. Rules look at the later half of the log, where a run has settled, unless they say otherwise.
+To add an illness is to write a function with ``@illness`` in one of the four. Rules look at the later half of the
+log, where a run has settled, unless they say otherwise.
 """
 
-from . import load, router, run, state
+from . import load_illnesses, router_illnesses, run_illnesses, state_illnesses
 from .finding import Finding, Findings, Severity
-from .log import RoutingLog
+from .illness import ILLNESSES
+from .log_records import StepCosts
+from .routing_log import RoutingLog
 
-# Name -> the rule, and what the log must hold for it. The order is that of equally severe findings.
-ILLNESSES = {
-    "collapse": (load.collapse, "a logged step"),
-    "starvation": (load.starvation, "a logged step"),
-    "load imbalance": (load.imbalance, "a logged step"),
-    "oscillating bias": (state.oscillating_bias, "a router with a bias, and two steps running"),
-    "drop storm": (load.drop_storm, "a capacity"),
-    "threshold cold start": (state.threshold_cold_start, "a router with thresholds"),
-    "logit drift": (router.logit_drift, "four logged steps"),
-    "bf16 router": (router.bf16_router, "a router with logits of its own"),
-    "over-strong balance loss": (router.over_strong_balance_loss, "a balance loss"),
-    "padding counted": (run.padding_counted, "padding_mask"),
-    "dead shared gate": (run.dead_shared_gate, "a gated shared expert"),
-    "train-eval gap": (run.train_eval_gap, "add_evaluation and losses"),
-    "straggler rank": (run.straggler_rank, "rank_seconds or rank_rows"),
-    "slow all-to-all": (run.slow_all_to_all, "all_to_all_seconds and step_seconds"),
-    "memory pressure": (run.memory_pressure, "memory_share"),
-}
-
-__all__ = ["ILLNESSES", "Finding", "Findings", "Severity", "diagnose"]
+__all__ = ["ILLNESSES", "Finding", "Findings", "RoutingLog", "Severity", "StepCosts", "diagnose"]
 
 
 def diagnose(history: RoutingLog) -> Findings:
@@ -44,8 +25,8 @@ def diagnose(history: RoutingLog) -> Findings:
         history: a ``RoutingLog``.
 
     Returns:
-        ``Findings``, a list; print it. An empty one says that nothing was found, not that nothing is wrong: its ``unasked`` names
-        the illnesses for which the log held no evidence either way.
+        ``Findings``, a list; print it. An empty one says that nothing was found, not that nothing is wrong: its
+        ``unasked`` names the illnesses for which the log held no evidence either way.
 
     Raises:
         ValueError: no training step was logged, or their numbers of layers differ.
@@ -56,14 +37,15 @@ def diagnose(history: RoutingLog) -> Findings:
     if len({len(step.layers) for step in steps + history.evaluation}) > 1:
         raise ValueError("the logged steps must all have the same number of layers")
     found, unasked = [], {}
-    for name, (rule, needs) in ILLNESSES.items():
-        answer = rule(history)
+    for illness in ILLNESSES.values():
+        answer = illness.ask(history)
         if answer is None:
-            unasked[name] = needs
+            unasked[illness.name] = illness.needs
         else:
             found += answer
-    found.sort(
-        key=lambda finding: -finding.severity
-    )  # stable: within a severity the order of ILLNESSES, then of layers
-    examined = f"{len(steps)} logged steps ({steps[0].step} to {steps[-1].step}), {len(steps[0].layers)} MoE layers"
+    found.sort(key=lambda finding: -finding.severity)  # stable: then by illness, then by layer
+    examined = (
+        f"{len(steps)} logged steps ({steps[0].step} to {steps[-1].step}), "
+        f"{len(steps[0].layers)} MoE layers"
+    )
     return Findings(found, examined=examined, unasked=unasked)

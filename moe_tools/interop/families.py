@@ -26,7 +26,7 @@ from .layouts import (
 )
 
 # Their names of an activation -> ours. "gelu" is the exact one; gelu_new and its like are others.
-ACTIVATIONS = {
+HF_ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
     "gelu": "gelu",
@@ -53,7 +53,7 @@ def _sizes(config, d_ff: str, n_experts: str) -> dict:
         "d_ff": getattr(config, d_ff),
         "n_experts": getattr(config, n_experts),
         "top_k": config.num_experts_per_tok,
-        "activation": ACTIVATIONS[config.hidden_act],
+        "activation": HF_ACTIVATIONS[config.hidden_act],
     }
 
 
@@ -166,7 +166,7 @@ def _switch(config, gate) -> dict:
         "n_experts": config.num_experts,
         "top_k": 1,
         "glu": False,
-        "activation": ACTIVATIONS[config.dense_act_fn],
+        "activation": HF_ACTIVATIONS[config.dense_act_fn],
         "dropout": config.dropout_rate,
         **_routing(
             "switch",
@@ -346,7 +346,7 @@ def config_of(block: nn.Module, hf_config) -> MoEConfig:
             f"{type(config).__name__} is not the config of a {type(block).__name__}: {error}"
         ) from error
     except KeyError as error:
-        known = ", ".join(ACTIVATIONS)
+        known = ", ".join(HF_ACTIVATIONS)
         raise ValueError(
             f"the activation {error} of {type(block).__name__} has no counterpart here; known: {known}"
         ) from error

@@ -1,7 +1,7 @@
 """Train the language model, in one process or in many: ``python -m moe_tools.pretrain --steps 20 --out runs/first``."""
 
-from .config import PretrainConfig
-from .run import pretrain
+from .pretrain_config import PretrainConfig
 from .trainer import Trainer
+from .training_run import pretrain
 
 __all__ = ["PretrainConfig", "Trainer", "pretrain"]

@@ -5,8 +5,8 @@ import sys
 
 import torch.distributed as dist
 
-from .config import from_command_line
-from .run import RankLost, init_process_group, pretrain
+from .pretrain_config import from_command_line
+from .training_run import RankLost, init_process_group, pretrain
 
 
 def main() -> int:

@@ -12,10 +12,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from moe_core.parallel.exchange import TorchExchange
 from moe_core.parallel.expert_parallel import ExpertShard
 from moe_core.parallel.placement import Placement
 from moe_core.validate import whole
+
+from .step_costs import ClockedExchange
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Topology:
 
     def shard(self, placement: Placement) -> ExpertShard:
         """This rank's part of the experts. Raises ValueError where the placement is for another number of ranks."""
-        exchange = TorchExchange(self.mesh.get_group("ep"))
+        exchange = ClockedExchange(self.mesh.get_group("ep"))
         if placement.n_ranks != exchange.n_ranks:
             raise ValueError(
                 f"the placement is for {placement.n_ranks} ranks, must be for ep_size={exchange.n_ranks}"

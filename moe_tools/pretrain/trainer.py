@@ -18,9 +18,10 @@ from moe_core.ranks import mean_over_ranks, sum_over_ranks
 from moe_core.routing import Routing
 
 from .. import corpus
-from ..diagnosis.log import RoutingLog
-from .config import PretrainConfig
-from .optimizer import adamw, clip_gradients, finish_expert_gradients
+from ..diagnosis.routing_log import RoutingLog
+from . import step_costs
+from .pretrain_config import PretrainConfig
+from .sharded_optimizer import adamw, clip_gradients, finish_expert_gradients
 from .topology import Topology, shard_replicated
 
 EVAL_BATCHES = 8
@@ -33,8 +34,9 @@ class Trainer:
         config: the run. The process group, if there is to be one, exists already.
 
     Attributes:
-        model, optimizer: this rank's part. step: optimiser steps done. routing_log: of this rank's first micro-batches.
-        topology: None in one process.
+        model, optimizer: this rank's part. step: optimiser steps done.
+        routing_log: of this rank's first micro-batches, each in training and in eval mode.
+        topology: None in one process. shards: for each layer which experts live here; empty in one process.
 
     Raises:
         ValueError: the config does not fit the number of processes, or the ranks were given different configs.
@@ -51,11 +53,11 @@ class Trainer:
             (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         )
         self.n_micro, self.micro_size = config.micro_batches(self.world)
-        shards = None
+        self.shards = []
         if dist.is_initialized():
             _same_everywhere(config)
             self.topology = Topology.make(config.ep_size, self.device.type, timeout=config.timeout)
-            shards = [self.topology.shard(placement) for placement in placements(config)]
+            self.shards = [self.topology.shard(placement) for placement in placements(config)]
         elif config.ep_size > 1:
             raise ValueError(
                 f"ep_size={config.ep_size} needs {config.ep_size} processes: torchrun --standalone --nproc-per-node "
@@ -63,17 +65,20 @@ class Trainer:
             )
         self.text = corpus.load(config.text)
         torch.manual_seed(config.seed)
-        self.model = LanguageModel(config.model(), shards).to(self.device)
+        self.model = LanguageModel(config.model(), self.shards or None).to(self.device)
         if self.topology is not None:
             shard_replicated(self.model, self.topology)
         self.optimizer = adamw(self.model, lr=config.lr, weight_decay=config.weight_decay)
-        self.routers = [block.feed_forward.router for block in self.model.blocks]
         self.routing_log = RoutingLog(self.model)
 
     def train_step(self) -> dict:
         """One optimiser step; returns what is logged of it, the same numbers on every rank."""
-        started, config = time.perf_counter(), self.config
         self.step += 1
+        config, logged = self.config, self.step % self.routing_log.every == 0
+        if logged:
+            self._log_eval_mode()
+            step_costs.reset(self.shards, self.device)
+        started = time.perf_counter()
         lr = learning_rate(self.step, config)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -81,24 +86,33 @@ class Trainer:
         # Noise depends on the step and the rank alone, so a run that goes on from a checkpoint draws what it would have drawn.
         torch.manual_seed(_seed(config.seed, self.step, self.rank))
         self.optimizer.zero_grad(set_to_none=True)
-        means, routings = self._backward(self._batch("train", self.step))
+        means, first_loss, routings = self._backward(self._batch("train", self.step))
         if self.topology is not None:
             finish_expert_gradients(self.model, self.topology)
         norm = clip_gradients(self.model, config.max_grad_norm, self.topology)
         self.optimizer.step()
-        for router, layer in zip(self.routers, zip(*routings)):
-            router.update(layer)
+        self.model.update_routers(routings)
         loss, aux_loss = mean_over_ranks(means).tolist()
-        self.routing_log.add(self.step, routings[0], loss=loss)
+        asked_LE, kept_LE = self._loads(routings)
+        seconds = time.perf_counter() - started
+        self.routing_log.add(
+            self.step,
+            routings[0],
+            loss=first_loss,
+            padding_mask=torch.ones_like(routings[0][0].real_tokens),  # text has no padding
+            costs=step_costs.step_costs(seconds, self.shards, kept_LE.tolist(), self.device)
+            if logged
+            else None,
+        )
         return {
             "step": self.step,
             "loss": loss,
             "aux_loss": aux_loss,
             "lr": lr,
             "grad_norm": float(norm),
-            **self._balance(routings),
+            **_balance(asked_LE, kept_LE),
             "tokens": config.batch_size * config.seq_len,
-            "seconds": time.perf_counter() - started,
+            "seconds": seconds,
         }
 
     @torch.no_grad()
@@ -113,6 +127,14 @@ class Trainer:
                 )
         return float(mean_over_ranks(total))
 
+    @torch.no_grad()
+    def _log_eval_mode(self) -> None:
+        """What eval mode makes of the batch that training is about to learn from: a gap is the mode's doing."""
+        self.model.eval()
+        tokens = next(self._batch("train", self.step))
+        logits, routings = self._forward(tokens)
+        self.routing_log.add_evaluation(self.step, routings, loss=next_token_loss(logits, tokens))
+
     def any_rank(self, flag: bool) -> bool:
         """True on every rank where it is true on one."""
         return bool(sum_over_ranks(torch.tensor(int(flag), device=self.device)))
@@ -124,9 +146,8 @@ class Trainer:
         tokens, _ = self.text.batch(
             self.config.batch_size, self.config.seq_len, generator=generator, split=split
         )
-        return tokens.view(self.n_micro, self.world, self.micro_size, -1)[:, self.rank].to(
-            self.device
-        )
+        mine = tokens.view(self.n_micro, self.world, self.micro_size, -1)[:, self.rank]
+        return iter(mine.to(self.device))
 
     def _forward(self, tokens: Tensor) -> tuple[Tensor, list[Routing]]:
         with torch.autocast(
@@ -134,12 +155,18 @@ class Trainer:
         ):
             return self.model(tokens)
 
-    def _backward(self, micro_batches) -> tuple[Tensor, list[list[Routing]]]:
-        """Gradients of this rank's mean loss; returns [cross-entropy, auxiliary losses] and routings[micro-batch][layer]."""
+    def _backward(self, micro_batches) -> tuple[Tensor, Tensor, list[list[Routing]]]:
+        """Gradients of this rank's mean loss.
+
+        Returns [cross-entropy, auxiliary losses], the first micro-batch's cross-entropy, and
+        routings[micro-batch][layer].
+        """
         means, routings, parts = torch.zeros(2, device=self.device), [], []
         for tokens in micro_batches:
             logits, layers = self._forward(tokens)
             cross_entropy = next_token_loss(logits, tokens) / self.n_micro
+            if not routings:
+                first_loss = cross_entropy.detach() * self.n_micro
             weighted = [
                 loss
                 for routing in layers
@@ -159,25 +186,30 @@ class Trainer:
             balance = sum(weight * losses.global_balance(layer) for layer in zip(*routings))
             means[1] += balance.detach()
             (sum(parts) + balance).backward()
-        return means, routings
+        return means, first_loss, routings
 
     def _is_global(self, name: str) -> bool:
         return self.config.global_balance and name == "load_balance"
 
-    def _balance(self, routings: list[list[Routing]]) -> dict:
-        """Load, MaxVio and drop rate of each layer, over all micro-batches and ranks."""
+    def _loads(self, routings: list[list[Routing]]) -> tuple[Tensor, Tensor]:
+        """Slots of each expert before and after capacity, over all micro-batches and ranks."""
         layers = [list(layer) for layer in zip(*routings)]
         asked_LE = sum_over_ranks(torch.stack([metrics.load(layer) for layer in layers]))
         kept_LE = sum_over_ranks(
             torch.stack([sum(r.tokens_per_expert for r in layer) for layer in layers])
         )
-        total_L = asked_LE.sum(-1).clamp(min=1)
-        worst_L = asked_LE.max(-1).values * asked_LE.shape[-1] / total_L - 1
-        return {
-            "load": asked_LE.tolist(),
-            "max_violation": worst_L.clamp(min=0).tolist(),
-            "drop_rate": (1 - kept_LE.sum(-1) / total_L).tolist(),
-        }
+        return asked_LE, kept_LE
+
+
+def _balance(asked_LE: Tensor, kept_LE: Tensor) -> dict:
+    """Load, MaxVio and drop rate of each layer."""
+    total_L = asked_LE.sum(-1).clamp(min=1)
+    worst_L = asked_LE.max(-1).values * asked_LE.shape[-1] / total_L - 1
+    return {
+        "load": asked_LE.tolist(),
+        "max_violation": worst_L.clamp(min=0).tolist(),
+        "drop_rate": (1 - kept_LE.sum(-1) / total_L).tolist(),
+    }
 
 
 def placements(config: PretrainConfig) -> list[Placement]:

@@ -15,7 +15,7 @@ from moe_core import LossFreeRouter, MixtureOfExperts, MoEConfig, TopKRouter
 from moe_core.parallel import by_load, contiguous, round_robin, simulate
 from moe_tools.accounting import ACCELERATORS, attainable_flops, expert_roofline, intensity
 from moe_tools.accounting.published import MODELS
-from moe_tools.diagnosis.log import RoutingLog
+from moe_tools.diagnosis.routing_log import RoutingLog
 
 MODEL_NAMES = [
     "deepseek-v3",

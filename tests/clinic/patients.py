@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from moe_core import CapacityRule, TopKRouter, metrics
 from moe_tools.corpus import VOCAB_SIZE
-from moe_tools.diagnosis.log import RoutingLog
-from moe_tools.diagnosis.records import StepCosts
+from moe_tools.diagnosis.log_records import StepCosts
+from moe_tools.diagnosis.routing_log import RoutingLog
 
 from .ward import STEPS, TRUNK, layers, newborn, patient, text, train
 

@@ -7,7 +7,7 @@ import pytest
 from moe_core.routers import ROUTERS
 from moe_tools import diagnosis
 from moe_tools.diagnosis import ILLNESSES
-from moe_tools.diagnosis.log import RoutingLog
+from moe_tools.diagnosis.routing_log import RoutingLog
 
 from .patients import HEALTHY, PATIENTS, healthy
 from .ward import SEEDS

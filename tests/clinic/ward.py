@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from moe_core import LanguageModel, LMConfig, MixtureOfExperts, MoEConfig
-from moe_core.lm import next_token_loss
+from moe_core.lm import next_token_loss, train_step
 from moe_tools import corpus
-from moe_tools.diagnosis.log import RoutingLog
+from moe_tools.diagnosis.routing_log import RoutingLog
 
 SEEDS = range(5)
 STEPS, EVERY = 60, 5
@@ -38,10 +38,7 @@ def dense() -> LanguageModel:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
     for _ in range(400):
         tokens = text().batch(BATCH, LENGTH, generator=generator)[0]
-        optimizer.zero_grad(set_to_none=True)
-        next_token_loss(model(tokens)[0], tokens).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        train_step(model, optimizer, tokens)
     return model
 
 
@@ -130,15 +127,8 @@ def train(
                 step, routings, loss=next_token_loss(logits, tokens), padding_mask=mask
             )
         model.train()
-        logits, routings = model(tokens, told)
-        loss = next_token_loss(logits, tokens)
-        optimizer.zero_grad(set_to_none=True)
-        (loss + sum(routing.aux_loss for routing in routings)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss, routings = train_step(model, optimizer, tokens, told)
         warmup.step()
-        for layer, routing in zip(layers(model), routings):
-            layer.router.update([routing])
         measured = measure(model, tokens, routings) if step % EVERY == 0 else {}
         log.add(step, routings, loss=loss, padding_mask=mask, **measured)
     return log

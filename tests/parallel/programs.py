@@ -95,7 +95,7 @@ def _history(trainer: Trainer, steps: int) -> dict:
             )
     biases = [
         router.expert_bias.clone()
-        for router in trainer.routers
+        for router in (block.feed_forward.router for block in trainer.model.blocks)
         if getattr(router, "expert_bias", None) is not None
     ]
     return {

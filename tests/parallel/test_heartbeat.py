@@ -8,7 +8,7 @@ from torch.distributed import TCPStore
 
 from moe_tools.pretrain import PretrainConfig, heartbeat
 from moe_tools.pretrain.heartbeat import Heartbeat
-from moe_tools.pretrain.run import _rank_lost
+from moe_tools.pretrain.training_run import _rank_lost
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from moe_tools import diagnosis
-from moe_tools.diagnosis.log import RoutingLog
+from moe_tools.diagnosis.routing_log import RoutingLog
 from moe_tools.pretrain import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -189,11 +189,32 @@ def test_after_a_hundred_steps_the_run_says_what_looks_ill_and_keeps_what_that_r
     routing_log = RoutingLog.from_dict(
         json.loads((tmp_path / "ill" / "routing_log.json").read_text())
     )
-    assert [step.step for step in routing_log.training] == [20, 40, 60, 80, 100]
+    for records in (routing_log.training, routing_log.evaluation):
+        assert [step.step for step in records] == [20, 40, 60, 80, 100]
+    assert all(step.costs.step_seconds > 0 for step in routing_log.training)
+    assert not {"padding counted", "train-eval gap"} & set(diagnosis.diagnose(routing_log).unasked)
     assert (
         str(diagnosis.diagnose(routing_log)) in done.stdout
         and "5 logged steps (20 to 100), 2 MoE layers" in done.stdout
     )
+
+
+def test_with_two_ranks_it_can_be_asked_for_stragglers_and_slow_exchanges_too(tmp_path):
+    done = run(TORCHRUN, tmp_path / "spread", "--steps", "100", "--save-every", "100")
+    assert done.returncode == 0, done.stderr
+    routing_log = RoutingLog.from_dict(
+        json.loads((tmp_path / "spread" / "routing_log.json").read_text())
+    )
+    for step, record in zip(routing_log.training, log(tmp_path / "spread")[19::20]):
+        assert 0 < step.costs.all_to_all_seconds < step.costs.step_seconds
+        kept = [
+            load * (1 - rate)
+            for loads, rate in zip(record["load"], record["drop_rate"])
+            for load in loads
+        ]
+        assert sum(step.costs.rank_rows) == pytest.approx(sum(kept))
+    unasked = diagnosis.diagnose(routing_log).unasked
+    assert not {"straggler rank", "slow all-to-all", "train-eval gap"} & set(unasked)
 
 
 def test_torchrun_with_two_ranks_gives_the_same_losses_and_resumes_in_one_process(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moe_core import CapacityRule, MoEConfig
 from moe_tools.pretrain import PretrainConfig
-from moe_tools.pretrain.config import from_command_line
+from moe_tools.pretrain.pretrain_config import from_command_line
 from moe_tools.pretrain.trainer import learning_rate
 
 from ..core.helpers import fast

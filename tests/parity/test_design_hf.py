@@ -9,18 +9,18 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_core import MixtureOfExperts
 from moe_tools.accounting import ModelSpec
-from moe_tools.design import Budget, design
+from moe_tools.design import DesignBudget, design
 from moe_tools.interop.families import config_of
 
 from ..core.helpers import close
 
 BUDGETS = {
-    "1.5B": Budget(active=1.5e9, tokens=200e9, gpus=64),
-    "node limit": Budget(active=37e9, total=671e9, tokens=14e12, gpus=2048, gpu="h200"),
-    "tied": Budget(active=300e6, tokens=20e9, gpus=8),
-    "top-1": Budget(active=500e6, tokens=20e9, gpus=8, top_k=1),
+    "1.5B": DesignBudget(active=1.5e9, tokens=200e9, gpus=64),
+    "node limit": DesignBudget(active=37e9, total=671e9, tokens=14e12, gpus=2048, gpu="h200"),
+    "tied": DesignBudget(active=300e6, tokens=20e9, gpus=8),
+    "top-1": DesignBudget(active=500e6, tokens=20e9, gpus=8, top_k=1),
 }
-TINY = Budget(active=600e3, tokens=1e8, gpus=1, vocab_size=256, seq_len=64)
+TINY = DesignBudget(active=600e3, tokens=1e8, gpus=1, vocab_size=256, seq_len=64)
 
 
 def loaded(made, tmp_path):

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from moe_tools.bench import __main__ as command_line
-from moe_tools.bench import _contestants, _layer_table, _peak, layer
+from moe_tools.bench import _contestants, _layer_table, _peak_memory, layer_speed
 
 from ..core.helpers import close
 
-TINY = layer.Shape(8, 8, 16, 4, 2)
+TINY = layer_speed.LayerShape(8, 8, 16, 4, 2)
 
 
 @pytest.fixture(scope="module")
 def record():
-    return layer.bench(
-        [TINY, layer.Shape(4, 8, 16, 4, 2, forward_only=True)],
+    return layer_speed.bench(
+        [TINY, layer_speed.LayerShape(4, 8, 16, 4, 2, forward_only=True)],
         backends=["auto", "loop"],
         seeds=[0, 1],
         rounds=2,
@@ -43,7 +43,7 @@ def test_every_contestant_is_measured_once_a_repetition(record):
 
 
 def test_what_auto_runs_is_said_whichever_backend_is_asked_for_first(record):
-    other = layer.bench([TINY], backends=["loop", "auto"], seeds=[0], rounds=1, scaling=False)
+    other = layer_speed.bench([TINY], backends=["loop", "auto"], seeds=[0], rounds=1, scaling=False)
     assert (
         other["results"]["shapes"][0]["backend"]
         == record["results"]["shapes"][0]["backend"]
@@ -52,7 +52,7 @@ def test_what_auto_runs_is_said_whichever_backend_is_asked_for_first(record):
 
 
 def test_all_contestants_but_st_moe_compute_the_same(record):
-    ours, x = layer._layer(TINY, "auto", 0, "cpu", torch.float32), torch.randn(1, 8, 8)
+    ours, x = layer_speed._layer(TINY, "auto", 0, "cpu", torch.float32), torch.randn(1, 8, 8)
     for name, block in _contestants.others(ours).items():
         if name.startswith("Hugging Face"):
             assert close(block(x), ours(x)[0])
@@ -62,7 +62,7 @@ def test_the_work_is_that_of_the_matrices():
     assert TINY.flops == 3 * 2 * (8 * 2) * (
         8 * 32 + 16 * 8
     )  # rows times the numbers of both matrices, forward and twice backward
-    assert 3 * layer.Shape(8, 8, 16, 4, 2, forward_only=True).flops == TINY.flops
+    assert 3 * layer_speed.LayerShape(8, 8, 16, 4, 2, forward_only=True).flops == TINY.flops
 
 
 def test_the_peak_is_what_was_alive_at_once():
@@ -74,16 +74,16 @@ def test_the_peak_is_what_was_alive_at_once():
         kept = [torch.empty(250_000).fill_(1) for _ in range(3)]
         return len(kept)
 
-    assert _peak.peak_bytes(one_after_the_other) == pytest.approx(1e6, rel=0.02)
-    assert _peak.peak_bytes(at_once) == pytest.approx(3e6, rel=0.02)
+    assert _peak_memory.peak_bytes(one_after_the_other) == pytest.approx(1e6, rel=0.02)
+    assert _peak_memory.peak_bytes(at_once) == pytest.approx(3e6, rel=0.02)
 
 
 def test_a_step_leaves_no_gradient_behind_and_a_decoding_step_makes_none():
-    moe = layer._layer(TINY, "auto", 0, "cpu", torch.float32)
-    layer._step(moe, layer._input("moe", TINY, 0, "cpu", torch.float32), TINY)
+    moe = layer_speed._layer(TINY, "auto", 0, "cpu", torch.float32)
+    layer_speed._step(moe, layer_speed._input("moe", TINY, 0, "cpu", torch.float32), TINY)
     assert all(p.grad is None for p in moe.parameters())
-    decode = layer.Shape(4, 8, 16, 4, 2, forward_only=True)
-    assert not layer._input("moe", decode, 0, "cpu", torch.float32).requires_grad
+    decode = layer_speed.LayerShape(4, 8, 16, 4, 2, forward_only=True)
+    assert not layer_speed._input("moe", decode, 0, "cpu", torch.float32).requires_grad
 
 
 def test_the_report_names_every_shape_and_ratio(record):
@@ -155,4 +155,4 @@ def test_the_command_writes_json_and_prints_the_table(tmp_path, capsys):
 @pytest.mark.parametrize("wrong", [{"rounds": 0}, {"backends": ["triton"]}, {"seeds": []}])
 def test_wrong_arguments_are_named(wrong):
     with pytest.raises(ValueError, match="rounds=0|backend='triton'|n_seeds=0"):
-        layer.bench([TINY], scaling=False, **wrong)
+        layer_speed.bench([TINY], scaling=False, **wrong)

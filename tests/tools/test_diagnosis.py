@@ -6,9 +6,9 @@ from math import log as ln
 
 import pytest
 
-from moe_tools.diagnosis import ILLNESSES, Finding, Findings, Severity, diagnose
-from moe_tools.diagnosis.log import RoutingLog
-from moe_tools.diagnosis.records import LayerRecord, StepCosts, StepRecord
+from moe_tools.diagnosis import ILLNESSES, Finding, Findings, Severity, diagnose, illness
+from moe_tools.diagnosis.log_records import LayerRecord, StepCosts, StepRecord
+from moe_tools.diagnosis.routing_log import RoutingLog
 
 WELL = LayerRecord(
     asked=[250] * 8,
@@ -468,8 +468,23 @@ def test_what_the_log_cannot_show_is_not_asked_and_said_so():
     }
     assert "Nothing found in 2 logged steps" in str(
         findings
-    ) and "The log cannot tell: oscillating bias, drop storm" in str(findings)
+    ) and "The log cannot tell: drop storm, logit drift" in str(findings)
     assert findings.unasked["padding counted"] == "padding_mask"
+
+
+def test_an_illness_is_added_by_a_function(monkeypatch):
+    monkeypatch.setattr("moe_tools.diagnosis.illness.ILLNESSES", ILLNESSES.copy())
+    monkeypatch.setattr("moe_tools.diagnosis.ILLNESSES", illness.ILLNESSES)
+
+    @illness.illness("silence", needs="tokens", remedy="Speak.", source="none")
+    def silence(layer: illness.LayerHistory):
+        tokens = [record.tokens for record in layer.late]
+        return illness.Symptoms({"tokens": tokens}) if max(tokens) < 10 else illness.WELL
+
+    assert diagnose(history(WELL)) == []
+    (finding,) = named(history(WELL, WELL, well(tokens=3), well(tokens=4)), "silence")
+    assert finding.evidence == {"tokens": [3, 4], "steps": [30, 40]}
+    assert (finding.layer, finding.remedy, finding.severity) == (0, "Speak.", Severity.WARNING)
 
 
 def test_the_worst_comes_first():

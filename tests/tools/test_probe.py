@@ -31,7 +31,9 @@ def topk(**rule):
 
 def test_a_dropless_token_depends_on_nothing_else_not_even_in_the_last_bit():
     nothing = Effect(max_change=0.0, rerouted=0.0, depends=False)
-    found = probe(topk(), X, tolerance=0)  # of the same shapes, row by row: exact on every processor
+    found = probe(
+        topk(), X, tolerance=0
+    )  # of the same shapes, row by row: exact on every processor
     assert found.later_tokens == found.earlier_tokens == found.other_sequences == nothing
     found = probe(topk(), X)  # of other shapes too: but for rounding
     assert found.causal and found.batch_invariant and found.streams

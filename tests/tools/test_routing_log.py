@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from moe_core import LanguageModel, LMConfig, MoEConfig, TopKRouter, losses, metrics
 from moe_core.routers import ROUTERS
 from moe_tools import diagnosis
-from moe_tools.diagnosis.log import RoutingLog
-from moe_tools.diagnosis.records import StepCosts, layer_record
+from moe_tools.diagnosis.log_records import StepCosts, layer_record
+from moe_tools.diagnosis.routing_log import RoutingLog
 
 from ..core.helpers import randn
 
@@ -209,8 +209,7 @@ def test_biases_and_thresholds_are_those_after_the_step():
         model = model_with(name)
         log = RoutingLog(model, every=1)
         routings = model(tokens())[1]
-        for block, routing in zip(model.blocks, routings):
-            block.feed_forward.router.update([routing])
+        model.update_routers([routings])
         log.add(1, routings)
         record, state = (
             log.training[0].layers[1],

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from moe_core import metrics
 from moe_core.layer import MixtureOfExperts
-from moe_core.lm import LanguageModel, next_token_loss
+from moe_core.lm import LanguageModel, next_token_loss, train_step
 
 from ..probe import probe
-from ._rows import Budget, config, text
+from ..schedule import warmup_cosine
+from ._router_rows import Budget, config, text
 
 
 def run(name: str, seed: int, budget: Budget) -> dict:
@@ -41,34 +42,15 @@ def _train(model: LanguageModel, seed: int, budget: Budget) -> dict:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=budget.lr, betas=(0.9, 0.95), weight_decay=0.1
     )
-    warmup = max(1, budget.steps // 20)
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(
-                optimizer, start_factor=1 / warmup, total_iters=warmup
-            ),
-            torch.optim.lr_scheduler.CosineAnnealingLR(
-                optimizer, T_max=max(1, budget.steps - warmup), eta_min=budget.lr / 10
-            ),
-        ],
-        milestones=[warmup],
-    )
+    schedule = warmup_cosine(optimizer, budget.steps)
     torch.manual_seed(seed)  # of the routers' own noise
     model.train()
     log = []
     for _ in range(budget.steps):
         tokens = text().batch(budget.batch_size, budget.seq_len, generator=batches)[0]
         start = time.process_time()
-        logits, routings = model(tokens)
-        loss = next_token_loss(logits, tokens)
-        optimizer.zero_grad(set_to_none=True)
-        (loss + sum(routing.aux_loss for routing in routings)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss, routings = train_step(model, optimizer, tokens)
         schedule.step()
-        for layer, routing in zip(_layers(model), routings):
-            layer.router.update([routing])
         seconds = time.process_time() - start
         log.append(
             {

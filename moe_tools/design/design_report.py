@@ -5,13 +5,14 @@ from dataclasses import fields
 from moe_core.config import MoEConfig
 
 from ..accounting import forward_flops, kv_cache_bytes
-from ._text import duration, si, size, table
-from .exchange import cuts
-from .hf import FAMILIES
+from ..markdown import prose_table
+from ..units import count, duration, gigabytes
+from .exchange_cost import cuts
+from .model_shape import SPARSITY, shape_choices
 from .plan import SHARE_LIMIT, plan_choices
 from .rules import RULES, Choice
-from .scaling import dense_params_of_equal_loss
-from .shape import SPARSITY, shape_choices
+from .scaling_laws import dense_params_of_equal_loss
+from .to_hf_config import HF_MODEL_TYPES
 
 
 def report(design) -> str:
@@ -23,7 +24,7 @@ def report(design) -> str:
         plan_choices(design.plan),
     )
     parts = [
-        f"# MoE design: {si(spec.active_params)} active of {si(spec.total_params)}, {si(b.tokens)} tokens on {b.gpus} x "
+        f"# MoE design: {count(spec.active_params)} active of {count(spec.total_params)}, {count(b.tokens)} tokens on {b.gpus} x "
         f"{b.accelerator.name}",
         _notes(design),
         "## 1. Model",
@@ -81,7 +82,7 @@ def _choices(choices: list[Choice]) -> str:
         (c.what, c.value, c.why, f"{c.rule.name} ({c.rule.kind})" if c.rule else "")
         for c in choices
     ]
-    return table(("choice", "value", "why", "rule"), rows)
+    return prose_table(("choice", "value", "why", "rule"), rows)
 
 
 def _rules(design, choices: list[Choice]) -> str:
@@ -97,8 +98,8 @@ def _rules(design, choices: list[Choice]) -> str:
 
 def _model(design) -> str:
     spec, b = design.spec, design.budget
-    family = FAMILIES.get(b.router_name)
-    parts = ", ".join(f"{name} {si(value)}" for name, value in spec.parts.items() if value)
+    family = HF_MODEL_TYPES.get(b.router_name)
+    parts = ", ".join(f"{name} {count(value)}" for name, value in spec.parts.items() if value)
     return (
         f"Total {spec.total_params:,} parameters ({parts}). Active {spec.active_params:,} with embedding and head, "
         f"{spec.active_params_nonemb:,} without. Vocabulary {b.vocab_size}, sequences of {b.seq_len}; RMS norm, gated experts (SiLU), "
@@ -122,14 +123,14 @@ def _moe_config(moe: MoEConfig) -> str:
 def _compute(design) -> str:
     b, plan, spec, m = design.budget, design.plan, design.spec, design.plan.memory
     again = ", and a third more for layers computed again" if plan.recompute == "layer" else ""
-    gathered = f", gathered layers {size(m.gathered)}" if m.gathered else ""
+    gathered = f", gathered layers {gigabytes(m.gathered)}" if m.gathered else ""
     flops = forward_flops(spec, b.seq_len).total
     rows = [
         ("forward FLOPs a token", f"{flops:.4g}"),
         ("training FLOPs", f"{design.training_flops:.4g}{again}"),
         (
             "steps",
-            f"{b.steps} of {si(b.tokens_per_step)} tokens, {b.sequences_per_step} sequences a GPU",
+            f"{b.steps} of {count(b.tokens_per_step)} tokens, {b.sequences_per_step} sequences a GPU",
         ),
         (
             "time",
@@ -143,20 +144,20 @@ def _compute(design) -> str:
         ),
         (
             "memory of a GPU",
-            f"{size(m.total)} of {size(b.usable_memory)} usable: weights {size(m.weights)}, gradients {size(m.gradients)}, "
-            f"AdamW {size(m.optimizer)}, activations {size(m.activations)}{gathered}",
+            f"{gigabytes(m.total)} of {gigabytes(b.usable_memory)} usable: weights {gigabytes(m.weights)}, gradients {gigabytes(m.gradients)}, "
+            f"AdamW {gigabytes(m.optimizer)}, activations {gigabytes(m.activations)}{gathered}",
         ),
-        ("cache of one sequence", size(kv_cache_bytes(spec, b.seq_len))),
+        ("cache of one sequence", gigabytes(kv_cache_bytes(spec, b.seq_len))),
     ]
     for name, dense in design.dense.items():
         rows.append(
             (
                 f"dense model of {name}",
-                f"{si(dense.total_params)} parameters, MLP {dense.layers[0].feed_forwards[0].d_ff} wide, "
+                f"{count(dense.total_params)} parameters, MLP {dense.layers[0].feed_forwards[0].d_ff} wide, "
                 f"{forward_flops(dense, b.seq_len).total / flops:.3g} x the FLOPs",
             )
         )
-    return table(("what", "how much"), rows)
+    return prose_table(("what", "how much"), rows)
 
 
 def _losses(design) -> str:
@@ -170,7 +171,7 @@ def _losses(design) -> str:
         )
         for name, p in losses.items()
     ]
-    text = table(("expected loss (nats)", "law", "value", "outside the fitted range"), rows)
+    text = prose_table(("expected loss (nats)", "law", "value", "outside the fitted range"), rows)
     if any(p.outside for p in losses.values()):
         text += (
             "\n\n**Outside the range a law was fitted on, its number is an extrapolation.** The losses are on the authors' data and "
@@ -181,7 +182,7 @@ def _losses(design) -> str:
     found = (
         "no dense model reaches this model's loss with these tokens"
         if equal == float("inf")
-        else f"a dense model of {si(equal)} reaches this model's loss: a factor of {params / equal:.2g}"
+        else f"a dense model of {count(equal)} reaches this model's loss: a factor of {params / equal:.2g}"
     )
     return (
         text
@@ -206,7 +207,7 @@ def _exchange(design) -> str:
     rows = [
         (
             name,
-            f"{size(y.volume.dispatch)} + {size(y.volume.combine)}",
+            f"{gigabytes(y.volume.dispatch)} + {gigabytes(y.volume.combine)}",
             duration(y.forward_seconds),
             duration(plan.micro_batches * y.seconds),
             f"{plan.share_with(y):.1%}",
@@ -225,7 +226,7 @@ def _exchange(design) -> str:
     )
     return (
         f'{tokens} Rows go {way}; a layer does so {x.passes} times a step, there and back (rule "backward repeats").\n\n'
-        f"{table(head, rows)}\n\n"
+        f"{prose_table(head, rows)}\n\n"
         f"Modelled: peak links ({gpu.link_bandwidth / 1e9:.0f} GB/s inside a node of {x.network.ranks_per_node}, "
         f"{gpu.network_bandwidth / 1e9:.0f} GB/s between nodes), perfect balance, no latency, nothing overlapped. "
         f'Cut the exchange above {SHARE_LIMIT:.0%} of the step (rule "30 % exchange").'

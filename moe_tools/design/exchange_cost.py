@@ -8,12 +8,12 @@ from functools import lru_cache
 
 from ..accounting import AllToAll
 from ..accounting.network import Network, uniform_bytes
-from .budget import Budget
-from .shape import Shape
+from .budget import DesignBudget
+from .model_shape import ModelShape
 
 
 @dataclass(frozen=True)
-class Exchange:
+class ExchangeCost:
     """The exchange of one MoE layer for ``tokens`` of a rank.
 
     Attributes:
@@ -98,17 +98,17 @@ def _seconds(network: Network, tokens: int, copies: float, row_bytes: float, ran
 
 
 def exchange_of(
-    shape: Shape,
-    budget: Budget,
+    shape: ModelShape,
+    budget: DesignBudget,
     *,
     ep: int,
     tokens: int,
     recompute: str,
     max_nodes: int | None = None,
-) -> Exchange:
+) -> ExchangeCost:
     """The exchange of a design: its links are the GPU's, with the peaks its maker states."""
     gpu = budget.accelerator
-    return Exchange(
+    return ExchangeCost(
         tokens,
         shape.top_k,
         shape.d_model,
@@ -121,7 +121,7 @@ def exchange_of(
     )
 
 
-def cuts(exchange: Exchange) -> dict[str, Exchange]:
+def cuts(exchange: ExchangeCost) -> dict[str, ExchangeCost]:
     """The same exchange after each of the cuts of the rule "30 % exchange"."""
     after = {}
     if exchange.nodes > 1 and exchange.max_nodes is None:

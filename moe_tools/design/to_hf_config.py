@@ -3,7 +3,7 @@
 from .plan import Plan
 
 # Router -> model_type, class.
-FAMILIES = {
+HF_MODEL_TYPES = {
     "topk": ("qwen3_moe", "Qwen3MoeForCausalLM"),
     "loss_free": ("glm4_moe", "Glm4MoeForCausalLM"),
 }
@@ -19,11 +19,11 @@ def hf_config(plan: Plan) -> dict:
         ValueError: no family has the router.
     """
     shape, budget = plan.shape, plan.budget
-    if budget.router_name not in FAMILIES:
+    if budget.router_name not in HF_MODEL_TYPES:
         raise ValueError(
-            f"router={budget.router_name!r} has no Hugging Face family; those with one: {', '.join(FAMILIES)}"
+            f"router={budget.router_name!r} has no Hugging Face family; those with one: {', '.join(HF_MODEL_TYPES)}"
         )
-    model_type, architecture = FAMILIES[budget.router_name]
+    model_type, architecture = HF_MODEL_TYPES[budget.router_name]
     common = {
         "model_type": model_type,
         "architectures": [architecture],

@@ -20,7 +20,15 @@ from moe_core.layer import MixtureOfExperts
 from moe_core.routing import Routing
 from moe_core.validate import whole
 
-from .records import StepCosts, StepRecord, aim, exactly, layer_record, selection_bias, step_record
+from .log_records import (
+    StepCosts,
+    StepRecord,
+    aim,
+    exactly,
+    layer_record,
+    selection_bias,
+    step_record,
+)
 
 
 class RoutingLog:

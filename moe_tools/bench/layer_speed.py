@@ -8,7 +8,6 @@ experts alone (3 D F a row, three times that with the backward pass); its share 
 """
 
 import copy
-import platform
 import random
 import statistics
 import time
@@ -23,15 +22,16 @@ from moe_core.experts import BACKENDS, FeedForward
 from moe_core.layer import MixtureOfExperts
 from moe_core.validate import one_of, whole
 
+from ..machine import machine
 from . import _contestants as contestants
-from ._peak import peak_bytes
+from ._peak_memory import peak_bytes
+from ._repetitions import SEEDS
 
-SEEDS = (0, 1, 2)
 DENSE = "dense, T*K rows"
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerShape:
     """One layer and one batch: T tokens, D d_model, F d_ff, E experts, K of them per token; forward alone for a decoding step."""
 
     T: int
@@ -52,27 +52,27 @@ class Shape:
         )
 
 
-SHAPES = (
-    Shape(2048, 256, 512, 8, 2),
-    Shape(4096, 256, 512, 16, 2),
-    Shape(4096, 512, 256, 64, 8),
-    Shape(2048, 512, 1024, 8, 2),
-    Shape(1024, 128, 128, 128, 4),
-    Shape(256, 512, 1024, 8, 2),
-    Shape(4, 512, 1024, 64, 8, forward_only=True),
+LAYER_SHAPES = (
+    LayerShape(2048, 256, 512, 8, 2),
+    LayerShape(4096, 256, 512, 16, 2),
+    LayerShape(4096, 512, 256, 64, 8),
+    LayerShape(2048, 512, 1024, 8, 2),
+    LayerShape(1024, 128, 128, 128, 4),
+    LayerShape(256, 512, 1024, 8, 2),
+    LayerShape(4, 512, 1024, 64, 8, forward_only=True),
 )
 GPU_SHAPES = (
-    Shape(16384, 2048, 1024, 64, 8),
-    Shape(16384, 4096, 14336, 8, 2),
-    Shape(8192, 2048, 768, 128, 8),
-    Shape(64, 2048, 768, 128, 8, forward_only=True),
+    LayerShape(16384, 2048, 1024, 64, 8),
+    LayerShape(16384, 4096, 14336, 8, 2),
+    LayerShape(8192, 2048, 768, 128, 8),
+    LayerShape(64, 2048, 768, 128, 8, forward_only=True),
 )
-LARGER_T = tuple(Shape(T, 256, 512, 8, 2) for T in (256, 512, 1024, 2048, 4096, 8192))
-LARGER_E = tuple(Shape(4096, 256, 256, E, 2) for E in (4, 8, 16, 32, 64, 128))
+LARGER_T = tuple(LayerShape(T, 256, 512, 8, 2) for T in (256, 512, 1024, 2048, 4096, 8192))
+LARGER_E = tuple(LayerShape(4096, 256, 256, E, 2) for E in (4, 8, 16, 32, 64, 128))
 
 
 def bench(
-    shapes: Iterable[Shape] | None = None,
+    shapes: Iterable[LayerShape] | None = None,
     *,
     backends: Iterable[str] = ("auto",),
     seeds: Iterable[int] = SEEDS,
@@ -85,7 +85,7 @@ def bench(
     """Run the bench.
 
     Args:
-        shapes: None: ``SHAPES``, or ``GPU_SHAPES`` on any device but the CPU.
+        shapes: None: ``LAYER_SHAPES``, or ``GPU_SHAPES`` on any device but the CPU.
         backends: those of ``Experts`` that take part.
         seeds: of weights and tokens; each seed is one repetition of the whole.
         rounds: measurements of each contestant in a repetition.
@@ -102,7 +102,7 @@ def bench(
     for backend in backends:
         one_of(BACKENDS, backend=backend)
     whole(1, rounds=rounds, n_seeds=len(seeds), n_backends=len(backends))
-    shapes = list(shapes or (SHAPES if device == "cpu" else GPU_SHAPES))
+    shapes = list(shapes or (LAYER_SHAPES if device == "cpu" else GPU_SHAPES))
     results = []
     for shape in shapes:
         runs = [_run(shape, backends, seed, rounds, device, dtype) for seed in seeds]
@@ -143,7 +143,7 @@ def bench(
         ]
         progress(f"growth with {name} measured")
     return {
-        "machine": _machine(device),
+        "machine": machine(device) | {"torch": torch.__version__.split("+")[0]},
         "config": {
             "rounds": rounds,
             "dtype": str(dtype).removeprefix("torch."),
@@ -159,7 +159,7 @@ def bench(
 
 
 def _layer(
-    shape: Shape, backend: str, seed: int, device: str, dtype: torch.dtype
+    shape: LayerShape, backend: str, seed: int, device: str, dtype: torch.dtype
 ) -> MixtureOfExperts:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -168,7 +168,7 @@ def _layer(
 
 
 def _run(
-    shape: Shape, backends: list[str], seed: int, rounds: int, device: str, dtype: torch.dtype
+    shape: LayerShape, backends: list[str], seed: int, rounds: int, device: str, dtype: torch.dtype
 ) -> dict:
     """One repetition of one shape: every contestant's median milliseconds, and peak memory in MB."""
     ours = _layer(shape, "auto", seed, device, dtype)
@@ -194,7 +194,7 @@ def _run(
 
 def _clock(
     modules: dict[str, nn.Module],
-    shape: Shape,
+    shape: LayerShape,
     seed: int,
     rounds: int,
     device: str,
@@ -215,7 +215,7 @@ def _clock(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _input(name: str, shape: Shape, seed: int, device: str, dtype: torch.dtype) -> Tensor:
+def _input(name: str, shape: LayerShape, seed: int, device: str, dtype: torch.dtype) -> Tensor:
     tokens = shape.T * (shape.K if name == DENSE else 1)
     x = torch.randn(1, tokens, shape.D, generator=torch.Generator().manual_seed(seed)).to(
         device, dtype
@@ -223,7 +223,7 @@ def _input(name: str, shape: Shape, seed: int, device: str, dtype: torch.dtype) 
     return x.requires_grad_(not shape.forward_only)
 
 
-def _step(module: nn.Module, x: Tensor, shape: Shape) -> None:
+def _step(module: nn.Module, x: Tensor, shape: LayerShape) -> None:
     """What is timed: forward and backward of one layer, gradients made afresh."""
     with torch.set_grad_enabled(not shape.forward_only):
         y = module(x)
@@ -253,13 +253,3 @@ def _matmul_rate(device: str, dtype: torch.dtype) -> float:
         _wait(device)
         seconds.append(time.perf_counter() - start)
     return 2 * n**3 / min(seconds) / 1e9
-
-
-def _machine(device: str) -> dict:
-    card = torch.get_device_module(device).get_device_name() if device != "cpu" else None
-    return {
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "card": card,
-        "torch": torch.__version__.split("+")[0],
-    }

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from math import ceil, floor, log10
 
 from ..accounting import ModelSpec, activation_bytes_per_token, state_memory
-from ..accounting.activations import RECOMPUTE
-from ..accounting.memory import PRECISIONS
-from .budget import RESERVE, Budget, Impossible
-from .shape import Shape
+from ..accounting.activation_bytes import RECOMPUTE
+from ..accounting.model_memory import PRECISIONS
+from .budget import RESERVE, DesignBudget, Impossible
+from .model_shape import ModelShape
 
 # Ways to save, the least costly first: what is sharded, what is computed again. With "weights" sharded two layers are gathered at a time.
 SAVINGS = tuple(
@@ -70,7 +70,7 @@ def least_memory(spec: ModelSpec, gpus: int, ranks_per_node: int, tokens: int) -
     )
 
 
-def does_not_fit(shape: Shape, budget: Budget) -> Impossible:
+def does_not_fit(shape: ModelShape, budget: DesignBudget) -> Impossible:
     """The error for a shape that no plan holds, with the numbers from which on one would."""
     spec, usable, m, N = shape.spec, budget.usable_memory, budget.gpus_per_node, budget.seq_len
     least = least_memory(spec, budget.gpus, m, N)
@@ -94,7 +94,7 @@ def does_not_fit(shape: Shape, budget: Budget) -> Impossible:
     )
 
 
-def _longest(spec: ModelSpec, budget: Budget) -> int:
+def _longest(spec: ModelSpec, budget: DesignBudget) -> int:
     """The longest sequence that fits, 0 if none does."""
     found = 0
     for ep in ep_sizes(budget.gpus, budget.gpus_per_node, spec.moe_layers[0].n_experts):
@@ -108,7 +108,7 @@ def _longest(spec: ModelSpec, budget: Budget) -> int:
     return found
 
 
-def _first_that_fits(fits, budget: Budget) -> int | None:
+def _first_that_fits(fits, budget: DesignBudget) -> int | None:
     """The least number of GPUs above the budget's that fits, in whole nodes, if any up to 4096 times as many nodes does."""
     gpus, m = budget.gpus, budget.gpus_per_node
     if (

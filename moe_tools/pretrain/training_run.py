@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from .. import diagnosis
-from ..diagnosis.log import RoutingLog
+from ..diagnosis.routing_log import RoutingLog
 from . import checkpoint
-from .config import PretrainConfig
 from .heartbeat import Heartbeat
-from .optimizer import local
+from .pretrain_config import PretrainConfig
+from .sharded_optimizer import local
 from .trainer import Trainer
 
 ENOUGH = 5  # logged steps, one in twenty: fewer say more about the start than about the run

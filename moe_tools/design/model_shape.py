@@ -5,19 +5,18 @@ from functools import cached_property
 from math import log
 
 from ..accounting import AttentionSpec, ModelSpec, MoESpec, tokens_to_reach
-from .budget import Budget, Impossible
+from .budget import DesignBudget, Impossible
 from .rules import Choice, choice
 
 ASPECT, WIDTH = 94, 3.3  # rule "shape": d_model / layers, and width of the active MLP / d_model
 TOLERANCE = 0.05  # of the active parameters asked for
 TIED_ABOVE = 0.2  # rule "tied head"
-ROUNDS = 4  # of the search for a total
 SPARSITY = 16  # rule "sparsity"
 TOP_KS = (8, 4, 2)
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A language model whose layers are all MoE: the numbers that its configs share. Heads fill the width: H d = D."""
 
     d_model: int
@@ -60,7 +59,7 @@ class Shape:
         )
 
 
-def choose_shape(budget: Budget, active: float) -> Shape:
+def choose_shape(budget: DesignBudget, active: float) -> ModelShape:
     """The shape for ``active`` parameters, by the rules "shape", "granularity", "expert width" and "sparsity".
 
     Raises:
@@ -79,17 +78,18 @@ def choose_shape(budget: Budget, active: float) -> Shape:
             break
     if budget.total is None:
         return shape
-    tried = []
-    for _ in range(ROUNDS):  # with another number of experts the rest has other sizes
+    off, best = float("inf"), shape
+    for _ in range(6):  # other experts move width and depth, and these what an expert takes
         n_experts = _experts_for(shape, budget)
         shape = find_shape(active, budget.vocab_size, top_k, shared, n_experts)
-        tried.append(shape)
-    return min(tried, key=lambda shape: abs(shape.spec.total_params - budget.total))
+        if abs(log(shape.spec.total_params / budget.total)) < off:
+            off, best = abs(log(shape.spec.total_params / budget.total)), shape
+    return best
 
 
 def find_shape(
     active: float, vocab_size: int, top_k: int, n_shared_experts: int, n_experts: int
-) -> Shape:
+) -> ModelShape:
     """The shape nearest to the published ones whose active parameters are within 5 % of ``active``. Raises Impossible if there is none."""
     best, found = float("inf"), None
     for d_model in (
@@ -127,7 +127,7 @@ def find_shape(
             if abs(off) <= TOLERANCE and score < best:
                 best, found = (
                     score,
-                    Shape(
+                    ModelShape(
                         d_model,
                         n_layers,
                         heads,
@@ -141,7 +141,7 @@ def find_shape(
                     ),
                 )
     if found is None:
-        smallest = Shape(
+        smallest = ModelShape(
             32, 2, 1, 1, 16, n_experts, top_k, n_shared_experts, vocab_size, True
         ).spec.active_params
         raise Impossible(
@@ -158,7 +158,7 @@ def _round(d_ff: float) -> int:
     return int(d_ff / step + 0.5) * step
 
 
-def _experts_for(shape: Shape, budget: Budget) -> int:
+def _experts_for(shape: ModelShape, budget: DesignBudget) -> int:
     """The number of experts whose total is nearest to the one asked for: a power of two times 4 to 8, to divide evenly."""
     one = shape.spec.parts["experts"] // shape.n_experts
     wanted = (budget.total - (shape.spec.total_params - shape.spec.parts["experts"])) / one
@@ -176,7 +176,7 @@ def _experts_for(shape: Shape, budget: Budget) -> int:
     return n_experts
 
 
-def shape_choices(shape: Shape, budget: Budget) -> list[Choice]:
+def shape_choices(shape: ModelShape, budget: DesignBudget) -> list[Choice]:
     """What the shape rests on."""
     ridge = budget.accelerator.ridge
     d, f = shape.d_model, shape.d_ff

@@ -28,7 +28,7 @@ class _Values:
             else getattr(config, "to_dict", lambda: vars(config))()
         )
         self.values, self.model_type = values, values.get("model_type")
-        if self.model_type not in FAMILIES and isinstance(values.get("text_config"), Mapping):
+        if self.model_type not in SPEC_FAMILIES and isinstance(values.get("text_config"), Mapping):
             self.values, self.model_type = (
                 values["text_config"],
                 values["text_config"].get("model_type"),
@@ -316,7 +316,7 @@ def _kimi_linear(c):
 
 
 # model_type -> family.
-FAMILIES: dict[str, Callable[[_Values], ModelSpec]] = {
+SPEC_FAMILIES: dict[str, Callable[[_Values], ModelSpec]] = {
     "mixtral": _mixtral,
     "olmoe": _olmoe,
     "qwen2_moe": _qwen2_moe,
@@ -345,8 +345,8 @@ FAMILIES: dict[str, Callable[[_Values], ModelSpec]] = {
 def from_hf(config) -> ModelSpec:
     """See ``ModelSpec.from_hf``."""
     values = _Values(config)
-    if values.model_type not in FAMILIES:
+    if values.model_type not in SPEC_FAMILIES:
         raise ValueError(
-            f"model_type={values.model_type!r} is no family that can be counted; those known are {', '.join(FAMILIES)}"
+            f"model_type={values.model_type!r} is no family that can be counted; those known are {', '.join(SPEC_FAMILIES)}"
         )
-    return FAMILIES[values.model_type](values)
+    return SPEC_FAMILIES[values.model_type](values)

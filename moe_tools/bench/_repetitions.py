@@ -1,0 +1,10 @@
+"""What is told of a measurement that was repeated: its mean, and how far apart the repetitions are."""
+
+from statistics import fmean
+
+SEEDS = (0, 1, 2)  # one repetition each
+
+
+def band(values: list[float], form: str = ".2f", spread: str = ".2f") -> str:
+    """Mean ± half the spread."""
+    return f"{fmean(values):{form}} ± {(max(values) - min(values)) / 2:{spread}}"

@@ -6,8 +6,7 @@ from enum import Enum
 from typing import Any
 
 from .capacity import CapacityRule
-from .experts import BACKENDS
-from .experts.activations import Activation
+from .experts import BACKENDS, MLPOptions
 from .experts.shared import COMBINE
 from .routers import ROUTERS, Router
 from .validate import between, boolean, one_of, whole
@@ -101,9 +100,9 @@ class MoEConfig:
             if needed and self.n_shared_experts == 0:
                 raise ValueError(f"n_shared_experts=0 must be at least 1 where {why}")
         one_of(COMBINE, shared_combine=self.shared_combine)
-        between(0.0, 1.0, dropout=self.dropout, drop_path=self.drop_path)
-        boolean(bias=self.bias, shared_gate=self.shared_gate)
-        Activation(self.activation, self.glu, self.glu_limit, self.up_offset)  # checks the four
+        between(0.0, 1.0, drop_path=self.drop_path)
+        boolean(shared_gate=self.shared_gate)
+        MLPOptions(**self.mlp_options())  # checks them
         one_of(BACKENDS, backend=self.backend)
 
     def _set(self, **values) -> None:
@@ -152,9 +151,8 @@ class MoEConfig:
         return ROUTERS[self.router](**self.router_arguments())
 
     def mlp_options(self) -> dict:
-        """What one expert is made of besides its size: the options of ``FeedForward``."""
-        names = ("activation", "glu", "bias", "glu_limit", "up_offset", "dropout")
-        return {name: getattr(self, name) for name in names}
+        """What one expert is made of besides its size, see ``MLPOptions``."""
+        return {f.name: getattr(self, f.name) for f in fields(MLPOptions)}
 
     def to_dict(self) -> dict:
         """Plain values only, ready for JSON."""

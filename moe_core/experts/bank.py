@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,39 +20,55 @@ from .backends import Bank, choose
 BACKENDS = ("auto", *RUNS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class MLPOptions:
+    """What an expert is made of besides its size: the options of ``FeedForward`` and ``Experts``.
+
+    Attributes:
+        activation, glu, glu_limit, up_offset: see ``Activation``; gated means three matrices.
+        bias: both products add a bias.
+        dropout: in training, the probability with which a hidden value is set to 0.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    activation: str = "silu"
+    glu: bool = True
+    bias: bool = False
+    glu_limit: float | None = None
+    up_offset: float = 0.0
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        self.act()  # checks the four
+        boolean(bias=self.bias)
+        between(0.0, 1.0, dropout=self.dropout)
+
+    def act(self) -> Activation:
+        """What stands between the two matrices."""
+        return Activation(self.activation, self.glu, self.glu_limit, self.up_offset)
+
+
 class FeedForward(nn.Module):
     """One dense MLP, y = down(act(gate(x)) * up(x)): what an expert is, when there is only one.
 
     Args:
         d_model, d_ff: D and F.
-        activation, glu, glu_limit, up_offset: see ``Activation``; gated means three matrices.
-        bias: both products add a bias.
-        dropout: probability with which a hidden value is set to 0 in training.
+        options: those of ``MLPOptions``.
 
     Raises:
         ValueError: an argument is out of its range.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        d_ff: int,
-        *,
-        activation: str = "silu",
-        glu: bool = True,
-        bias: bool = False,
-        glu_limit: float | None = None,
-        up_offset: float = 0.0,
-        dropout: float = 0.0,
-    ):
+    def __init__(self, d_model: int, d_ff: int, **options):
         super().__init__()
         whole(1, d_model=d_model, d_ff=d_ff)
-        boolean(bias=bias)
-        between(0.0, 1.0, dropout=dropout)
-        self.act, self.dropout = Activation(activation, glu, glu_limit, up_offset), dropout
-        self.activation, self.glu = activation, glu
-        self.gate_up_proj = nn.Linear(d_model, d_ff * (2 if glu else 1), bias=bias)
-        self.down_proj = nn.Linear(d_ff, d_model, bias=bias)
+        mlp = MLPOptions(**options)
+        self.act, self.dropout = mlp.act(), mlp.dropout
+        self.activation, self.glu = mlp.activation, mlp.glu
+        self.gate_up_proj = nn.Linear(d_model, d_ff * (2 if mlp.glu else 1), bias=mlp.bias)
+        self.down_proj = nn.Linear(d_ff, d_model, bias=mlp.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
@@ -70,9 +87,6 @@ class Experts(nn.Module):
 
     Args:
         d_model, d_ff, n_experts: D, F and E.
-        activation, glu, glu_limit, up_offset: see ``Activation``. gpt-oss: "quick_gelu", True, 7, 1.
-        bias: both products add a bias.
-        dropout: probability with which a hidden value is set to 0 in training.
         drop_path: in training, the probability with which a sequence skips all experts; outputs of
             the others are scaled by 1 / (1 - drop_path). Huang et al. 2016, stochastic depth.
         ep_size: number of ranks the experts are spread over. This bank then holds E/R experts, and
@@ -83,6 +97,7 @@ class Experts(nn.Module):
             in their order, over all processes of torch.distributed.
         n_routed: the experts that a routing is over, where some compute without this bank (see
             ``ZeroComputationExperts``); None for n_experts.
+        options: those of ``MLPOptions``.
 
     Attributes:
         owned: the experts of this bank, by number; all E of them where ep_size is 1.
@@ -98,23 +113,18 @@ class Experts(nn.Module):
         d_ff: int,
         n_experts: int,
         *,
-        activation: str = "silu",
-        glu: bool = True,
-        bias: bool = False,
-        glu_limit: float | None = None,
-        up_offset: float = 0.0,
-        dropout: float = 0.0,
         drop_path: float = 0.0,
         ep_size: int = 1,
         backend: str = "auto",
         shard: ExpertShard | None = None,
         n_routed: int | None = None,
+        **options,
     ):
         super().__init__()
         whole(1, d_model=d_model, d_ff=d_ff, n_experts=n_experts, ep_size=ep_size)
         one_of(BACKENDS, backend=backend)
-        boolean(bias=bias)
-        between(0.0, 1.0, dropout=dropout, drop_path=drop_path)
+        between(0.0, 1.0, drop_path=drop_path)
+        mlp = MLPOptions(**options)
         if shard is None and ep_size > 1:
             shard = ExpertShard.of_this_process(n_experts, ep_size)
         if shard is not None:
@@ -124,10 +134,9 @@ class Experts(nn.Module):
         self.d_model, self.d_ff, self.n_experts, self.shard = d_model, d_ff, n_experts, shard
         self.n_routed = n_experts if n_routed is None else n_routed
         self.owned = tuple(range(n_experts)) if shard is None else shard.owned
-        self.act = Activation(activation, glu, glu_limit, up_offset)
-        self.activation, self.glu = activation, glu
-        self.dropout, self.drop_path, self.backend = dropout, drop_path, backend
-        width, n_owned = d_ff * (2 if glu else 1), len(self.owned)
+        self.act, self.activation, self.glu = mlp.act(), mlp.activation, mlp.glu
+        self.dropout, self.drop_path, self.backend = mlp.dropout, drop_path, backend
+        width, n_owned, bias = d_ff * (2 if mlp.glu else 1), len(self.owned), mlp.bias
         self.gate_up_proj = nn.Parameter(torch.empty(n_owned, width, d_model))
         self.down_proj = nn.Parameter(torch.empty(n_owned, d_model, d_ff))
         self.gate_up_bias = nn.Parameter(torch.empty(n_owned, width)) if bias else None

@@ -1,5 +1,5 @@
-"""``python -m moe_core.routers`` prints how published routers differ, as measured."""
+"""``python -m moe_core.routers`` prints how published routers differ, as ``moe_tools`` measures."""
 
-from .differences import markdown
+from importlib import import_module
 
-print(markdown())
+print(import_module("moe_tools.router_differences").markdown())

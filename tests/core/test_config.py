@@ -137,10 +137,11 @@ def test_a_wrong_argument_is_named_with_its_value_and_its_range(made, name, valu
     assert str(error.value).startswith(f"{name}={value!r} {allowed}")
 
 
-@pytest.mark.parametrize("make", [config, TopKRouter, Experts, LMConfig])
-def test_a_misspelt_argument_is_refused(make):
+@pytest.mark.parametrize("made", [MOE, ROUTER, EXPERTS, DENSE, LM])
+def test_a_misspelt_argument_is_refused(made):
+    make, good = made
     with pytest.raises(TypeError, match="capacity_facter"):
-        make(capacity_facter=1.0)
+        make(**good, capacity_facter=1.0)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from moe_core.routers.differences import N_EXPERTS, differences, measure
+from moe_tools.router_differences import N_EXPERTS, differences, measure
 
 from .families import FAMILIES, Pair
 

@@ -10,8 +10,8 @@ import torch
 
 import moe_core
 from moe_core import TopKRouter
-from moe_core.routers.differences import differences, markdown, measure_router
 from moe_core.routers.presets import PRESETS, preset
+from moe_tools.router_differences import differences, markdown, measure_router
 
 from ..helpers import randn
 

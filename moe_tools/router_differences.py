@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .presets import PRESETS, preset
-from .topk import GROUP_SCORES, SCORE_FUNCS, TopKRouter, keep_best_groups
+from moe_core.routers.presets import PRESETS, preset
+from moe_core.routers.topk import GROUP_SCORES, SCORE_FUNCS, TopKRouter, keep_best_groups
 
 
 @dataclass(frozen=True)

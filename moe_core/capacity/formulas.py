@@ -116,7 +116,7 @@ def expert_capacity(
     one_of(FORMULAS, formula=formula)
     floor = FLOORS[formula] if min_capacity is None else min_capacity
     whole(0, min_capacity=floor)
-    if needs_largest_load(formula, capacity_factor):
+    if capacity_factor == 0 and formula in ZERO_MEANS_LARGEST_LOAD:
         if largest_load is None:
             raise ValueError(
                 f"capacity_factor=0 means the largest load with formula={formula!r}: "
@@ -125,11 +125,6 @@ def expert_capacity(
         whole(0, largest_load=largest_load)
         return max(largest_load, floor)
     return max(FORMULAS[formula](n_tokens, top_k, n_experts, capacity_factor), floor)
-
-
-def needs_largest_load(formula: str, capacity_factor: float) -> bool:
-    """Whether C depends on how the tokens were routed, and not on shapes alone."""
-    return capacity_factor == 0 and formula in ZERO_MEANS_LARGEST_LOAD
 
 
 def _float32(value: float) -> float:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields, replace
 
 from ..routing import DropReason, Routing
 from ..validate import at_least, one_of, whole
-from .formulas import FLOORS, FORMULAS, as_written, needs_largest_load
+from .formulas import FLOORS, FORMULAS, ZERO_MEANS_LARGEST_LOAD, as_written
 from .policies import DROP_POLICIES, queue_places
 
 OVERFLOWS = ("drop", "shared")
@@ -118,13 +118,12 @@ class CapacityRule:
         if self.expert_capacity is not None:
             return self.expert_capacity
         B, N, K = routing.expert_indices.shape
-        factor = self._factors[training]
+        factor, E = self._factors[training], routing.scores.shape[-1]
         floor = FLOORS[self.formula] if self.min_capacity is None else self.min_capacity
-        if needs_largest_load(self.formula, factor):
+        if factor == 0 and self.formula in ZERO_MEANS_LARGEST_LOAD:
             loads = routing.slots_per_expert(self.scope)
             return max(int(loads.max()) if loads.numel() else 0, floor)
         n_tokens = N if self.scope == "sequence" else B * N
-        E = routing.scores.shape[-1]
         return max(FORMULAS[self.formula](n_tokens, K, E, factor), floor)
 
 

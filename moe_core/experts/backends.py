@@ -127,6 +127,13 @@ BACKENDS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def run(backend: str, rows_AD, counts_E, bank: Bank, keep_AF=None, places=None) -> Tensor:
+    """The rows through the backend of this name; "auto" lets ``choose`` decide."""
+    if backend == "auto":
+        backend, _why = choose(rows_AD, len(counts_E), bank.down_proj.shape[-1], places)
+    return BACKENDS[backend](rows_AD, counts_E, bank, keep_AF, places)
+
+
 def choose(rows_AD: Tensor, n_experts: int, d_ff: int, places: int | None) -> tuple[str, str]:
     """The backend that "auto" takes for these rows, and why; reads sizes, never values."""
     A, D, size = *rows_AD.shape, rows_AD.element_size()

@@ -15,7 +15,7 @@ from ..routing import Routing
 from ..validate import between, boolean, one_of, whole
 from .activations import Activation
 from .backends import BACKENDS as RUNS
-from .backends import Bank, choose
+from .backends import Bank, choose, run
 
 BACKENDS = ("auto", *RUNS)
 
@@ -231,9 +231,11 @@ class Experts(nn.Module):
         keep_AF = None
         if self.training and self.dropout > 0:
             keep_AF = F.dropout(rows_AD.new_ones(len(rows_AD), self.d_ff), self.dropout)
-        run = RUNS[self.choose_backend(rows_AD, places, len(weights[0]))[0]]
+        inputs = rows_AD, counts_E, Bank(*weights, self.act), keep_AF, places
+        if dtype is None:
+            return run(self.backend, *inputs)
         with no_autocast(rows_AD):
-            return run(rows_AD, counts_E, Bank(*weights, self.act), keep_AF, places)
+            return run(self.backend, *inputs)
 
     def choose_backend(
         self, rows_AD: Tensor, places: int | None = None, n_experts: int | None = None

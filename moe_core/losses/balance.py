@@ -45,9 +45,7 @@ def load_balance(
         raise ValueError(
             f"share has shape {tuple(share.shape)}, must be (E,) = ({routing.n_experts},), with scope='batch'"
         )
-    loss = routing.n_experts * (share.detach() * mean_score(routing, scope, relative_scores)).sum(
-        -1
-    )
+    loss = share.shape[-1] * (share.detach() * mean_score(routing, scope, relative_scores)).sum(-1)
     return loss if scope == "batch" else _mean_over_sequences(loss, routing)
 
 

@@ -12,7 +12,7 @@ A router's forward says what it does in the order in which it does it:
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, field, fields
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -226,12 +226,12 @@ class Router(nn.Module):
 
     def add_losses(self, routing: Routing) -> Routing:
         """Add the losses whose coefficient is above 0."""
+        added = {}
         if self.aux_loss_weight > 0:
-            loss = self.aux_loss_weight * self.balance_loss(routing)
-            routing = routing.with_losses(load_balance=loss)
+            added["load_balance"] = self.aux_loss_weight * self.balance_loss(routing)
         if self.z_loss_weight > 0:
-            routing = routing.with_losses(z_loss=self.z_loss_weight * losses.z_loss(routing))
-        return routing
+            added["z_loss"] = self.z_loss_weight * losses.z_loss(routing)
+        return replace(routing, losses=routing.losses | added) if added else routing
 
     def balance_loss(self, routing: Routing) -> Tensor:
         """``losses.load_balance``, unless the router's paper has another."""

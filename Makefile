@@ -27,7 +27,7 @@ test: build browser ## run everything: unit tests, every notebook, the browser t
 check: $(READY) ## while working: form, imports, the core and one chapter, in 90 seconds
 	@$(PY) -m ruff format --check --quiet . || { $(PY) -m ruff format --check .; echo "Run: ruff format ." >&2; exit 1; }
 	@$(PY) -m ruff check --quiet .
-	@$(VENV)/bin/lint-imports
+	@$(PY) $(VENV)/bin/lint-imports
 	@$(PY) -m pytest $(NBVAL) $(SPREAD) -m "not processes and not own_bits" tests/core book/chapters/01-an-moe-on-one-page.ipynb
 
 lab: $(READY) ## open JupyterLab on the chapters

@@ -42,6 +42,6 @@ def test_the_twin_in_which_the_one_thing_is_right_is_well(patient, seed):
     assert findings == [] and patient.name not in findings.unasked, str(findings)
 
 
-def test_every_router_has_a_healthy_run_and_every_illness_a_patient_but_memory_pressure_which_needs_a_device():
-    assert set(HEALTHY) == set(ROUTERS)
+def test_every_illness_has_a_patient_but_memory_pressure_which_needs_a_device():
+    assert set(HEALTHY) <= set(ROUTERS)
     assert {patient.name for patient in PATIENTS} == set(ILLNESSES) - {"memory pressure"}

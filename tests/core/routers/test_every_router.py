@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -17,7 +17,12 @@ from moe_core.routers import ROUTERS
 from ..helpers import close, config, experts_token_by_token, fast, mask, randn, seeded
 
 NAMES = list(ROUTERS)
-TOP_K = {"switch": 1, "base": 1, "gshard": 2}  # what a router leaves no choice about
+TOP_K = {  # what a router leaves no choice about
+    name: f.default
+    for name, router in ROUTERS.items()
+    for f in fields(router.Options)
+    if f.name == "top_k" and not f.init
+}
 STEERED = {"bias_update_rate": 0.1, "mean_ffn_experts": 1.0}
 OPTIONS = {"hash": {"vocab_size": 32}, "zero_computation": STEERED}
 LEARNS_OUTSIDE_THE_GRADIENT = {  # buffers that update may change

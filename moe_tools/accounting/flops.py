@@ -3,8 +3,9 @@ r"""FLOPs of a ModelSpec, per token.
 .. math:: \text{forward} = \underbrace{2 \cdot \text{numbers in the matrices a token meets}}_{\approx 2 A_{head}}
     + \underbrace{\textstyle\sum_{layers} 4 c H d}_{\text{attention scores}} + \underbrace{\textstyle\sum_{MoE} 2 k D}_{\text{weighting}}
 
-A multiplication and an addition are 2 FLOPs. The embedding is looked up, not multiplied; a tied head is multiplied. Norms,
-activations, softmax and rotary positions are not counted (torch's FlopCounterMode does not count them either).
+A multiplication and an addition are 2 FLOPs. The embedding is looked up, not multiplied; a tied head is multiplied.
+Norms, activations, softmax and rotary positions are not counted. torch's FlopCounterMode counts products alone: all
+but the weighting.
 """
 
 from dataclasses import dataclass

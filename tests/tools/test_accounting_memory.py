@@ -78,7 +78,7 @@ def kept_beyond_the_formula(cfg: LMConfig, b: int = 4) -> int:
             per_token["the shared experts are a plain MLP that computes nothing again"] = (
                 n * moe.n_shared_experts * 2 * F * b
             )
-            once["rows per expert"] = n * E * 8
+            once["rows per expert, and of slots that are not kept"] = n * (E + 1) * 8
         if moe.backend == "grouped":
             once["where each expert's rows end"] = n * E * 4
     return B * N * sum(per_token.values()) + sum(once.values())

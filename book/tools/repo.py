@@ -17,7 +17,8 @@ FIRST_CELL = """\
 try:
     import moe_book
 except ModuleNotFoundError:  # on Colab: bring the book's own packages, once
-    %pip install -q "moe-book[book] @ git+{url}@{branch}"
+    %pip install -q \\
+    "moe-book[book] @ git+{url}@{branch}"
     import moe_book
 book = moe_book.setup()"""
 

@@ -14,6 +14,7 @@ from tools import chapters, repo
 ROOT = repo.ROOT
 CHAPTERS = sorted((ROOT / "book/chapters").glob("*.ipynb"))
 NOTEBOOKS = chapters.notebooks()
+COLUMNS = 76  # what fits in the book's column at a window of 1280 pixels
 MACHINE = re.compile(
     r"(?:/home|/Users|/tmp|/private|\\Users)[/\\]\w|(?:site|dist)-packages|ipykernel_\d|0x[0-9a-f]{8,}"
 )
@@ -111,11 +112,24 @@ def test_outputs_name_nothing_of_the_machine_that_made_them(path):
             ], cell.source
 
 
-@each(CHAPTERS)
+@each(NOTEBOOKS)
 def test_code_cells_are_short(path):
     lines = [len(cell.source.splitlines()) for cell in code_cells(path)]
     assert max(lines) <= 25
     assert statistics.median(lines) <= 8
+
+
+@each(NOTEBOOKS)
+def test_no_line_of_code_is_cut_off_on_the_page(path):
+    cells = code_cells(path)[1:]  # the first is repo.FIRST_CELL, as wide as the fork's address
+    wide = [line for cell in cells for line in cell.source.splitlines() if len(line) > COLUMNS]
+    assert wide == []
+
+
+@each(NOTEBOOKS)
+def test_most_outputs_are_compared(path):
+    tags = [cell.metadata.get("tags", []) for cell in code_cells(path)]
+    assert sum("nbval-ignore-output" in of for of in tags) < 0.35 * len(tags)
 
 
 @pytest.mark.parametrize(

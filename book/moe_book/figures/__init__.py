@@ -13,10 +13,12 @@ from .routing import routing_map
 from .text import text_in_color
 from .triangle import simplex
 from .walk import token_walk
+from .words import in_words
 
 __all__ = [
     "curves",
     "expert_blocks",
+    "in_words",
     "link_bytes",
     "load_bars",
     "load_over_time",

@@ -189,6 +189,17 @@ def dots(groups: dict, *, x_title: str, x_range, rows: int | None = None) -> go.
     )
 
 
+def agreement(tokens, experts_T) -> float:
+    """Share of the pairs of equal tokens that have the same expert."""
+    pairs = [
+        experts_T[i] == experts_T[j]
+        for i in range(len(tokens))
+        for j in range(i)
+        if tokens[i] == tokens[j]
+    ]
+    return sum(pairs) / len(pairs)
+
+
 def _choices(router, x_TD):
     with torch.no_grad():
         return router(x_TD.to(router.weight.dtype).unsqueeze(0)).expert_indices[0]

@@ -6,6 +6,7 @@ from moe_core import DispatchPlan, Routing
 
 from .. import theme
 from ._arrays import array
+from .lines import curves
 
 STAGES = ("batch", "copies", "sorted", "experts", "back")
 
@@ -243,6 +244,26 @@ def padding(counts_E, *, top: float, height: int = 320) -> go.Figure:
         },
         yaxis={"title": {"text": "rows"}, "range": [0, top]},
     )
+
+
+def times(series: dict, n_experts: list[int]) -> go.Figure:
+    """Time against the number of experts, both axes logarithmic, in units of one dense FFN.
+
+    Args:
+        series: name -> (seeds, len(n_experts)).
+    """
+    figure = curves(
+        series,
+        x=n_experts,
+        log_x=True,
+        log_y=True,
+        y_range=(0.6, 30),
+        x_title="experts, E",
+        y_title="time (dense FFN = 1)",
+        height=400,
+    )
+    figure.update_xaxes(tickvals=n_experts, range=[0.6, 1.81])
+    return figure.update_yaxes(tickvals=[1, 2, 5, 10, 20])
 
 
 def _scale():

@@ -3,6 +3,7 @@
 import plotly.graph_objects as go
 
 from .. import theme
+from .lines import curves
 
 PARTS = (
     "attention: projections",
@@ -12,6 +13,19 @@ PARTS = (
     "embedding and head",
 )
 PART_COLORS = dict(zip(PARTS, ["#0072B2", "#56B4E9", "#E69F00", "#D55E00", "#8C8C8C"]))
+PARAMETER_COLORS = {
+    "attention": "#0072B2",
+    "FFN or experts": "#E69F00",
+    "router": "#D55E00",
+    "embedding and norms": "#8C8C8C",
+}
+MODEL_COLORS = {
+    "dense": "#8C8C8C",
+    "MoE, E = 4": "#56B4E9",
+    "MoE, E = 8": "#0072B2",
+    "MoE, E = 16": "#009E73",
+    "wide dense": "#D55E00",
+}
 
 
 def stacked_rows(
@@ -82,6 +96,41 @@ def stacked_rows(
             }
             for i, name in enumerate(names)
         ],
+    )
+
+
+def parameter_rows(rows: dict[str, dict]) -> go.Figure:
+    """Parameters of a few models, each cut into the parts of PARAMETER_COLORS."""
+    return stacked_rows(rows, PARAMETER_COLORS, unit="parameters", top=700_000)
+
+
+def share_rows(rows: dict[str, dict]) -> go.Figure:
+    """Shares of 1, each row cut into PARTS."""
+    return stacked_rows(rows, PART_COLORS, unit="share", top=1.0, percent=True, height=330)
+
+
+def lead(model: str, lead_SX, step_X) -> go.Figure:
+    """A model's held-out loss minus that of the dense model, which is the line at 0."""
+    return curves(
+        {model: lead_SX, "dense": [0.0] * len(step_X)},
+        step_X,
+        colors=MODEL_COLORS,
+        y_title="held-out loss minus dense (nats)",
+        y_range=(-0.15, 0.25),
+    )
+
+
+def comparison(loss: dict, x: dict, *, x_title: str, limits) -> go.Figure:
+    """Held-out loss of several models. loss: name -> (seeds, X). x: name -> (X,). limits: the ends of the loss axis."""
+    low, high = (float(limit) for limit in limits)
+    return curves(
+        loss,
+        x,
+        x_title=x_title,
+        y_title="held-out loss (nats per byte)",
+        colors=MODEL_COLORS,
+        y_range=(low, high),
+        height=400,
     )
 
 

@@ -250,6 +250,15 @@ def tradeoff(names: list[str], panels: dict, *, x_title: str, height: int = 430)
     )
 
 
+def cost_and_balance(coefficients: list[str], cost, violation) -> go.Figure:
+    """What a balance loss costs and what it brings. cost, violation: (coefficients, seeds)."""
+    panels = {
+        "held-out loss above that at 0 (nats)": (cost, (-0.05, 0.25)),
+        "MaxVio": (violation, (0, 6)),
+    }
+    return tradeoff(coefficients, panels, x_title="coefficient of the balance loss")
+
+
 def _even_and_labels(load_E, **axes):
     """The dashed line of the even load, and each share in percent: above its bar, and above the line where the bar is lower."""
     E, even = len(load_E), 1 / len(load_E)

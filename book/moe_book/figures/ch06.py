@@ -2,6 +2,8 @@
 
 import plotly.graph_objects as go
 
+from moe_core import Routing
+
 from .. import theme
 from ._arrays import array
 from .lines import curves
@@ -115,3 +117,43 @@ def drop_profile(
         height=height,
     )
     return drawn.update_yaxes(tickformat=".0%")
+
+
+def lettered_queues(routing: Routing) -> go.Figure:
+    """The queues of a routing with one slot a token and four experts; tokens are letters."""
+    wants_T, kept_T = routing.expert_indices.flatten(), routing.capacity_mask.flatten()
+    return queues(
+        wants_T,
+        kept_T,
+        n_experts=4,
+        capacity=routing.capacity,
+        tokens=[chr(ord("a") + t) for t in range(len(wants_T))],
+        rows=19,
+        height=440,
+    )
+
+
+def waste(pairs, factors: list[float]) -> go.Figure:
+    """Shares dropped and empty against the capacity factor. pairs: (draws, factors, 2)."""
+    pairs = array(pairs, 3, "pairs")
+    return curves(
+        {"dropped": pairs[..., 0], "empty": pairs[..., 1]},
+        x=factors,
+        x_title="capacity factor",
+        y_title="share",
+        y_range=(0, 1),
+        colors={"dropped": "#D55E00", "empty": "#0072B2"},
+    )
+
+
+def over_time(series: dict, *, every: int) -> go.Figure:
+    """Shares of all slots in training. series: name -> (seeds, points), a mean over each ``every`` steps."""
+    points = array(next(iter(series.values()))).shape[1]
+    names = ["dropless", "capacity", "dropless+loss", "capacity+loss"]
+    return curves(
+        series,
+        x=[every * (i + 0.5) for i in range(points)],
+        y_title="share of all slots",
+        y_range=(0, 0.75),
+        colors=dict(zip(names, ["#8C8C8C", "#D55E00", "#56B4E9", "#0072B2"])),
+    )

@@ -1,9 +1,23 @@
-"""Chapter 7's own figure: how often GShard's second expert is asked."""
+"""Chapter 7's own figures: noise, its estimate of the load, one expert a token, and how often GShard's second is asked."""
 
 import plotly.graph_objects as go
 
 from .. import theme
 from ._arrays import array
+from .ch02 import dots
+from .lines import curves
+
+LOSS = "held-out loss (nats per byte)"
+TOP1_SHOWS = {  # what is shown -> the sentence below it
+    "router's gradient": "Four seeds each. The gradient is that of the language model's loss alone, "
+    "the balance loss left out.",
+    "held-out loss at the end": "Four seeds each, 300 steps. Further left is better.",
+}
+NOISE_SHOWS = {  # what is shown -> key of the run, title and range of the axis
+    "spread of the load": ("variation", "coefficient of variation", (0, 1.4)),
+    "held-out loss": ("valid_loss", LOSS, (2.0, 2.5)),
+    "tokens that change experts": ("moved", "share of tokens", (-0.05, 1.05)),
+}
 
 
 def asked(weight_T, share_T, *, height: int = 320) -> go.Figure:
@@ -51,3 +65,89 @@ def asked(weight_T, share_T, *, height: int = 320) -> go.Figure:
         xaxis={"title": {"text": "weight of the second expert"}, "range": [0, 0.52]},
         yaxis={"title": {"text": "share of draws in which it is asked"}, "range": [-0.03, 1.06]},
     )
+
+
+def asked_and_dropped(routing, dropped: float) -> go.Figure:
+    """``asked`` for many draws of one sequence, with the dropped slots per token written into it."""
+    asked_T = routing.selected_mask[..., 1].double().mean(0)
+    figure = asked(routing.expert_weights[0, :, 1], asked_T)
+    return figure.add_annotation(
+        x=0.03,
+        y=1,
+        xanchor="left",
+        yanchor="middle",
+        showarrow=False,
+        text=f"dropped slots per token: {dropped:.2f}",
+    )
+
+
+def visits_over_time(seen_RSE) -> go.Figure:
+    """Share of tokens that visit each expert, every fifth step. seen_RSE: (seeds, steps, E)."""
+    seen = array(seen_RSE, 3, "seen_RSE")
+    E = seen.shape[-1]
+    return curves(
+        {f"expert {e}": seen[:, ::5, e] for e in range(E)},
+        x=list(range(0, seen.shape[1], 5)),
+        y_title="share of tokens that visit it",
+        y_range=(-0.03, 1.15),
+        colors={f"expert {e}": color for e, color in enumerate(theme.expert_colors(E))},
+    )
+
+
+def count_and_estimate(count_X, P_X, logit_X) -> go.Figure:
+    """How often an expert is chosen, and the estimate of it, against its logit."""
+    return curves(
+        {"count": count_X, "estimate": P_X},
+        x=logit_X,
+        x_title="logit of expert 3",
+        y_title="share of draws, or P",
+        y_range=(-0.03, 1.15),
+    )
+
+
+def top1(runs: dict[str, list[dict]], show: str) -> go.Figure:
+    """The stored run of top-1 routers: the gradient of the first three over steps, or every router's loss at the end."""
+    if show == "held-out loss at the end":
+        final = {name: [one["valid_loss"][-1] for one in seeds] for name, seeds in runs.items()}
+        return dots(final, x_title=LOSS, x_range=(2.05, 2.65))
+    shown = list(runs)[:3]
+    figure = curves(
+        {name: [one["gradient_norm"] for one in runs[name]] for name in shown},
+        x=runs[shown[0]][0]["gradient_step"],
+        y_title="norm of the router's gradient",
+        log_y=True,
+        height=400,
+        y_range=(1e-11, 4),
+        colors=dict(zip(runs, theme.OKABE_ITO)),
+    )
+    ticks = {1e-10: "10⁻¹⁰", 1e-8: "10⁻⁸", 1e-6: "10⁻⁶", 1e-4: "10⁻⁴", 1e-2: "10⁻²", 1: "1"}
+    return figure.update_yaxes(tickvals=list(ticks), ticktext=list(ticks.values()))
+
+
+def capacity(runs: dict[str, list[dict]], show: str) -> go.Figure:
+    """The stored run of capacity factors: the drop rate over steps, or the loss at the end, by the factor in eval."""
+    if show == "drop rate in training":
+        shown = ("0.5", "1.0", "1.25", "2.0")
+        return curves(
+            {f"factor {name}": [one["drop_rate"] for one in runs[name]] for name in shown},
+            x=runs["1.0"][0]["drop_step"],
+            y_title="share of tokens dropped",
+            y_range=(-0.02, 1.0),
+            colors={f"factor {name}": color for name, color in zip(runs, theme.OKABE_ITO)},
+            height=380,
+        )
+    final, factor = {}, show.split()[-1]
+    for name, seeds in runs.items():
+        if factor == "2.0":
+            label = name if name == "dropless" else f"factor {name}"
+            final[label] = [one["valid_loss"][-1] for one in seeds]
+        else:
+            final[f"trained at {name}"] = [one["loss_by_eval_factor"][factor] for one in seeds]
+    return dots(final, x_title=LOSS, rows=6, x_range=(1.9, 2.6 if factor == "0.5" else 2.2))
+
+
+def noise(runs: dict[str, list[dict]], show: str) -> go.Figure:
+    """The stored run of noisy routers at its end. show: one of NOISE_SHOWS."""
+    key, title, limits = NOISE_SHOWS[show]
+    final = {name: [one[key][-1] for one in seeds] for name, seeds in runs.items()}
+    return dots(final, x_range=limits, rows=3, x_title=title)

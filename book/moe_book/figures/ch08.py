@@ -1,9 +1,11 @@
-"""Chapter 8's own figure: panels of bars over the same experts, for scores and weights, loads and biases, and groups."""
+"""Chapter 8's own figures: panels of bars over the same experts, for scores and weights, loads and biases, and groups."""
 
 import plotly.graph_objects as go
 
 from .. import theme
 from ._arrays import array
+from .ch02 import dots
+from .lines import curves
 
 
 def expert_panels(
@@ -104,4 +106,94 @@ def expert_panels(
             "ticktext": [str(e) for e in range(E)],
             "anchor": "y" if n == 1 else f"y{n}",
         },
+    )
+
+
+def biased_token(scores_E, choice_E, weights_E) -> go.Figure:
+    """One token: its scores, the scores with a bias, and the weights of those it chose."""
+    chosen_E = array(weights_E, 1, "weights_E") > 0
+    rows = {"score": scores_E, "score + bias": choice_E, "weight": weights_E}
+    ranges = {"score": (0, 1.1), "score + bias": (0, 1.8), "weight": (0, 1.1)}
+    return expert_panels(rows, ranges=ranges, filled=dict.fromkeys(rows, chosen_E), height=460)
+
+
+def load_and_bias(load_E, bias_E) -> go.Figure:
+    """Loads (1 is the mean) above the biases that make them."""
+    rows = {"load (1 is even)": load_E, "bias": bias_E}
+    return expert_panels(
+        rows,
+        ranges={"load (1 is even)": (0, 2.8), "bias": (-0.42, 0.42)},
+        filled=dict.fromkeys(rows, [True] * len(load_E)),
+        lines={"load (1 is even)": 1.0},
+        height=420,
+    )
+
+
+def vio_over_time(vio: dict) -> go.Figure:
+    """MaxVio in means of ten steps. vio: step size u -> (300,)."""
+    return curves(
+        {f"u = {u}": array(vio_S, 1).reshape(30, 10).mean(1) for u, vio_S in vio.items()},
+        x=list(range(5, 300, 10)),
+        x_title="step",
+        y_title="MaxVio per batch",
+        y_range=(0, 2.4),
+    )
+
+
+def spans(series: dict, sizes: list[int]) -> go.Figure:
+    """Spans of the balanced biases against the number of experts. series: score function -> one number a size."""
+    drawn = curves(
+        series,
+        x=sizes,
+        log_x=True,
+        log_y=True,
+        x_title="experts",
+        y_title="span of the balanced biases",
+        y_range=(0.01, 3),
+        colors={"softmax": "#D55E00", "sigmoid": "#0072B2", "sqrt_softplus": "#009E73"},
+    )
+    drawn.update_xaxes(tickvals=sizes, range=[0.89, 2.12])
+    return drawn.update_yaxes(tickvals=[0.01, 0.03, 0.1, 0.3, 1, 3])
+
+
+def grouped_token(scores_E, bias: float, masked_E, chosen_K) -> go.Figure:
+    """One token and four groups of two experts: biased scores, the same after masking, and weights of the scores chosen."""
+    score_E, index_K = array(scores_E, 1), array(chosen_K, 1)
+    chosen_E = [e in index_K for e in range(len(score_E))]
+    weights_E = score_E * chosen_E / (score_E * chosen_E).sum()
+    rows = {"score + bias": score_E + bias, "after masking": masked_E, "weight": weights_E}
+    return expert_panels(
+        rows,
+        ranges={"score + bias": (-1.5, 1.3), "after masking": (-1.5, 1.3), "weight": (0, 1.35)},
+        groups=4,
+        filled=dict.fromkeys(rows, chosen_E),
+        height=480,
+    )
+
+
+def say_groups(experts: list[int], best: list[int]) -> str:
+    """Which experts and groups of two a token takes, and whether they are among its best groups."""
+    used = {e // 2 for e in experts}
+    shown, groups, right = (str(sorted(some))[1:-1] for some in (experts, used, best))
+    verdict = ", among its best." if used <= set(best) else f". Its best groups are {right}!"
+    return f"The token takes experts {shown} in groups {groups}{verdict}"
+
+
+def arms(values: dict, measure: str) -> go.Figure:
+    """The stored run at its end, one row an arm. measure: "held-out loss", or one of MaxVio."""
+    if measure == "held-out loss":
+        return dots(values, x_title="held-out loss (nats per byte)", x_range=(2.0, 2.8))
+    name = measure.replace("in training", "MaxVio in training")
+    return dots(values, x_title=f"{name}, mean of two layers", x_range=(0, 2.6))
+
+
+def in_training(series: dict, *, every: int) -> go.Figure:
+    """MaxVio over steps. series: arm -> (seeds, points), a mean over each ``every`` steps."""
+    points = array(next(iter(series.values()))).shape[1]
+    return curves(
+        series,
+        x=[every * (i + 0.5) for i in range(points)],
+        x_title="optimiser step",
+        y_title="MaxVio per batch",
+        y_range=(0, 3.0),
     )

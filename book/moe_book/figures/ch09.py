@@ -2,8 +2,14 @@
 
 import plotly.graph_objects as go
 
+from moe_core import Routing
+from moe_core.metrics import expert_sets
+
 from .. import theme
 from ._arrays import array
+from .lines import curves
+from .routing import routing_map
+from .text import text_in_color
 
 TRUE = "#D55E00"
 
@@ -225,3 +231,67 @@ def counts(share, *, top: float = 1.0, height: int = 230) -> go.Figure:
 def shown(token: str) -> str:
     """A byte as one can see it."""
     return {" ": "␣", "\n": "⏎", "\t": "⇥"}.get(token, token)
+
+
+def who_chooses(text: str, routing: Routing) -> go.Figure:
+    """Bytes in rows, experts in columns: a square where an expert takes a byte. Routing of one sequence."""
+    E = routing.n_experts
+    return routing_map(
+        [list(range(E))] * len(text),
+        chosen=expert_sets(routing)[0],
+        n_experts=E,
+        tokens=[shown(c) for c in text],
+        height=400,
+    )
+
+
+def compute_map(passage: list[str], experts_T, share):
+    """A passage, each byte tinted by its number of experts, above ``counts`` of all bytes."""
+    return text_in_color(passage, amount=experts_T, amount_max=8), counts(share, top=1.1)
+
+
+def places(text: str, positions: list[int]) -> str:
+    """`t at position 0 and ␣ at position 3`, or `none`."""
+    return " and ".join(f"{shown(text[t])} at position {t}" for t in positions) or "none"
+
+
+def next_byte(prior_V, left_V, truth: int, most: int = 14) -> go.Figure:
+    """``beliefs`` about the most likely next bytes, the true one among them."""
+    prior, left = array(prior_V, 1, "prior_V"), array(left_V, 1, "left_V")
+    likely = (-prior).argsort(kind="stable")[:most].tolist()
+    bytes_ = likely if truth in likely else [*likely[:-1], truth]
+    labels = [chr(v) if 32 <= v < 127 else "⏎" if v == 10 else "·" for v in bytes_]
+    return beliefs(labels, prior[bytes_], left[bytes_], truth=bytes_.index(truth))
+
+
+def ceiling(counted: dict[int, float], limit: float, paper: float) -> go.Figure:
+    """How many bits a routing holds. counted: size of the pool -> bits per token and layer."""
+    sizes = list(counted)
+    figure = curves(
+        {
+            "counted": list(counted.values()),
+            "limit": [limit] * len(sizes),
+            "paper": [paper] * len(sizes),
+        },
+        sizes,
+        x_title="tokens in the pool, T",
+        y_title="bits per token and layer",
+        y_range=(0, 60),
+        log_x=True,
+    )
+    return figure.update_xaxes(range=(0.6, 3.63), tickvals=[4**i for i in range(1, 7)])
+
+
+def leak_by_place(leak_SP) -> go.Figure:
+    """The leak against the place in a pool of 4, 16 or 64. leak_SP: (seeds, places) nats per byte."""
+    leak = array(leak_SP, 2, "leak_SP")
+    n = leak.shape[1]
+    top, every = (0.9, 1) if n <= 4 else (0.36, 3) if n <= 16 else (0.36, 10)
+    figure = curves(
+        {"leak": leak},
+        list(range(1, n + 1)),
+        x_title="place in the pool",
+        y_title="false minus true (nats per byte)",
+        y_range=(-0.15 * top, top),
+    )
+    return figure.update_xaxes(dtick=every, tick0=1)

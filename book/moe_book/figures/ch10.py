@@ -5,6 +5,29 @@ import plotly.graph_objects as go
 
 from .. import theme
 from ._arrays import array
+from .bars import load_bars
+from .ch02 import dots
+from .histogram import score_histogram
+from .lines import curves
+from .routing import routing_map
+from .text import text_in_color
+
+READ = {  # how a model is read -> key of the stored run, the sentence below the figure
+    "causally": ("final_loss", "Expert choice is read by its thresholds: each byte by itself."),
+    "as in training": (
+        "final_loss_as_trained",
+        "Expert choice chooses among the tokens of a batch: it may look at later ones.",
+    ),
+}
+MEMORIES = {  # memory of the average -> arm of the stored run -> its name in the figure
+    "20 steps": {
+        "threshold": "warm-up and band",
+        "threshold, no band": "warm-up only",
+        "threshold, no warm-up": "band only",
+        "threshold, neither": "neither",
+    },
+    "100 steps": {"long memory, warm-up": "warm-up only", "long memory, no warm-up": "neither"},
+}
 
 
 def moving_cutoffs(
@@ -157,4 +180,92 @@ def paired_bars(
             "ticktext": [str(v) for v in x],
         },
         yaxis={"title": {"text": y_title}, "range": [0, top]},
+    )
+
+
+def one_cutoff(logits_T, cutoff: float) -> go.Figure:
+    """One expert's logits, and the cutoff above which it takes them."""
+    return score_histogram(
+        {0: logits_T}, span=(-4.0, 5.0), bins=45, threshold=cutoff, unit="logit", top=0.09
+    )
+
+
+def drifting(logits_TE, thresholds, own_cuts) -> go.Figure:
+    """``moving_cutoffs`` with the axes of chapter 10's stream."""
+    return moving_cutoffs(logits_TE, thresholds, own_cuts, span=(-4.0, 7.0), bins=22, top=0.3)
+
+
+def pursuit(series: dict, drift: float) -> go.Figure:
+    """Cutoffs of batches 1 to 119 that drift by so much a batch. series: name -> (119,)."""
+    top = {0: 2.3, 0.01: 3.0, 0.05: 7.6}[drift]
+    return curves(
+        series, x=list(range(1, 120)), x_title="batch", y_title="logit", y_range=(0.3, top)
+    )
+
+
+def band(routing) -> go.Figure:
+    """Tokens each of eight experts takes of 256, and those the capacity band drops."""
+    kept_E, asked_E = routing.tokens_per_expert, routing.slots_per_expert()
+    return load_bars(kept_E, dropped=asked_E - kept_E, uniform=32.0, top=190)
+
+
+def growing(words: list[str], chosen_NE) -> go.Figure:
+    """Who takes which word, while only the first len(chosen_NE) have come. chosen_NE: (words so far, E) bool."""
+    chosen = array(chosen_NE, 2, "chosen_NE")
+    seen, E = chosen.shape
+    rows = np.zeros((len(words), E), dtype=bool)
+    rows[:seen] = chosen
+    return routing_map(
+        [list(range(E))] * len(words),
+        n_experts=E,
+        tokens=[word if i < seen else "" for i, word in enumerate(words)],
+        chosen=rows,
+        height=430,
+    )
+
+
+def how_many(share, binomial: list[float]) -> go.Figure:
+    """How many experts a token has, measured and by chance. share: (seeds, E + 1); the first six are drawn."""
+    shown = {
+        "measured (three seeds)": array(share, 2, "share")[:, :6],
+        "independent experts": binomial[:6],
+    }
+    return paired_bars(
+        shown, range(6), x_title="routed experts of a token", y_title="share of tokens", top=1.05
+    )
+
+
+def tinted(passage: str, visits: list[int]):
+    """A passage, each byte tinted by its number of experts."""
+    return text_in_color(
+        list(passage), amount=visits, amount_max=4, amount_label="routed experts per byte"
+    )
+
+
+def by_loss(seeds: list[dict]) -> go.Figure:
+    """Experts per byte, from the easiest tenth of the bytes to the hardest, of one arm of the stored run."""
+    losses = np.mean([one["loss_by_loss"] for one in seeds], axis=0)
+    return paired_bars(
+        {"routed experts, both layers": [one["visits_by_loss"] for one in seeds]},
+        [f"{v:.1f}" if v >= 0.1 else f"{v:.2f}" for v in losses],
+        x_title="mean loss of the tenth (nats), easy to hard",
+        y_title="experts per byte",
+        top=4,
+    )
+
+
+def losses(values: dict) -> go.Figure:
+    """Held-out losses of the stored run's six models. values: name -> (seeds,)."""
+    return dots(values, x_title="held-out loss (nats per byte)", x_range=(1.95, 2.25))
+
+
+def hungriest(series: dict, step: list[int]) -> go.Figure:
+    """What the least asked expert gets over time. series: one of the names in MEMORIES -> (seeds, steps)."""
+    names = MEMORIES["20 steps"].values()
+    return curves(
+        series,
+        x=step,
+        y_title="least asked expert (1 is fair)",
+        y_range=(0, 2),
+        colors=dict(zip(names, ["#0072B2", "#E69F00", "#009E73", "#D55E00"])),
     )

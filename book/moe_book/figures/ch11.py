@@ -1,9 +1,33 @@
 """Chapter 11: routers in rows, and the plan that Sinkhorn balances."""
 
+from html import escape
+
 import plotly.graph_objects as go
+from IPython.display import HTML
 
 from .. import theme
 from ._arrays import array
+from .bars import load_bars
+from .lines import curves
+from .text import text_in_color
+
+LOSS = "held-out loss (nats per byte)"
+DEMANDS = {  # control -> label, does a router with these facts fail, why
+    "decoder": ("A causal language model", lambda f: not f["causal"], "sees later tokens"),
+    "same": (
+        "Same routing in training and generation",
+        lambda f: not f["in training"],
+        "trains on the whole batch",
+    ),
+    "serving": (
+        "Answers independent of the batch",
+        lambda f: not f["batch-invariant"],
+        "depends on the batch",
+    ),
+    "fixed": ("Fixed compute per token", lambda f: len(f["experts"]) > 1, "compute varies"),
+    "no_loss": ("No extra loss to tune", lambda f: bool(f["losses"]), "extra loss"),
+    "no_state": ("No state beside the weights", lambda f: bool(f["state"]), "carries state"),
+}
 
 
 def standings(
@@ -116,3 +140,59 @@ def plan(shares, chosen) -> go.Figure:
             "showgrid": False,
         },
     )
+
+
+def bench(values: dict, show: str) -> go.Figure:
+    """``standings`` of the stored bench. values: router -> (seeds,) of the quantity `show`."""
+    return standings(values, x_title=show, x_range=_range(values, 0.06))
+
+
+def cuts(values: dict, sizes: dict, show: str) -> go.Figure:
+    """``standings`` of layers cut finer. values: name -> (seeds,). sizes: name -> (E, K, F, shared, factor)."""
+    short = {
+        name: f"{E}/{K}" + " + 1 shared" * shared + " times 2" * (factor == 2)
+        for name, (E, K, _, shared, factor) in sizes.items()
+    }
+    return standings(
+        {short[name]: value for name, value in values.items()},
+        x_title=show,
+        x_range=_range(values, 0.08),
+        decimals=1 if "(ms)" in show else 2,
+    )
+
+
+def choose(values: dict, out: dict) -> go.Figure:
+    """``standings`` of the held-out losses, with the routers that are out and why."""
+    return standings(values, x_title=LOSS, x_range=(1.87, 2.19), out=out)
+
+
+def compute(series: dict) -> go.Figure:
+    """Experts per token, a mean of each ten steps. series: router -> (seeds, 50)."""
+    return curves(
+        series, x=[10 * i + 5 for i in range(50)], y_title="experts per token", y_range=(0, 8.3)
+    )
+
+
+def hashed(passage: str, experts_T, share_E):
+    """A passage in the colours of a table's experts, above each expert's share of the whole text."""
+    E = len(share_E)
+    words = text_in_color(list(passage), experts_T, n_experts=E)
+    return words, load_bars(share_E, uniform=1 / E, unit="share of the text", top=0.7, height=260)
+
+
+def table(title: str, *rows: list) -> HTML:
+    """Rows of cells, the first one the head, as a table that scrolls on a phone."""
+    body = ""
+    for i, cells in enumerate(rows):
+        tag = "td" if i else "th"
+        line = "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in cells)
+        body += f"<tr>{line}</tr>"
+    scrolls = f'style="overflow-x: auto" tabindex="0" role="region" aria-label="{title}"'
+    small = 'class="table" style="font-size: 0.85em"'
+    return HTML(f"<div {scrolls}><table {small}>{body}</table></div>")
+
+
+def _range(values: dict, margin: float) -> tuple[float, float]:
+    every = [v for value in values.values() for v in value]
+    pad = margin * (max(every) - min(every))
+    return min(every) - pad, max(every) + pad

@@ -126,14 +126,13 @@ def passages(model: LanguageModel, text: corpus.Corpus) -> dict:
 
 
 def flops_per_token(name: str) -> int:
-    """Forward FLOPs per token, counted by torch; loop and math attention, since the counter does not see the fast ones on a CPU."""
-    model, tokens = (
-        LanguageModel(config(name, backend="loop")),
-        torch.zeros(1, TRAIN["seq_len"], dtype=torch.int64),
-    )
+    """Forward FLOPs per token: what torch counts, with loop and math attention, which it sees, and the combine, which it does not."""
+    lm = config(name, backend="loop")
+    model, tokens = LanguageModel(lm), torch.zeros(1, TRAIN["seq_len"], dtype=torch.int64)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens)
-    return counter.get_total_flops() // tokens.numel()
+    combine = 0 if lm.moe is None else lm.n_layers * 2 * lm.moe.top_k * lm.d_model
+    return counter.get_total_flops() // tokens.numel() + combine
 
 
 def clock(rounds: int = 40) -> dict:

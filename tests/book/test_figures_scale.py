@@ -92,7 +92,7 @@ def traffic_of(placement="contiguous", skew=1.0, n_experts=16, n_ranks=8):
     moe.router.weight.data = randn(n_experts, 64, seed=1).float() / 8
     lean = skew * torch.linspace(1, -1, n_experts) @ torch.linalg.pinv(moe.router.weight.data).T
     xs = [randn(1, 256, 64, seed=10 + rank).float() + lean for rank in range(n_ranks)]
-    load = sum(moe.route(x).slots_per_expert() for x in xs)
+    load = sum(moe.router(x).slots_per_expert() for x in xs)
     placements = {
         "contiguous": contiguous(n_experts, n_ranks),
         "round robin": round_robin(n_experts, n_ranks),

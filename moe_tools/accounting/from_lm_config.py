@@ -43,5 +43,5 @@ def moe_spec(config: MoEConfig) -> MoESpec:
         router_bias=any(w.ndim == 1 for w in weights),
         router_matrices=sum(w.ndim == 2 for w in weights),
         n_zero_experts=router.n_experts - config.n_experts,
-        n_constant_experts=getattr(router, "n_constant_experts", 0),
+        n_constant_experts=router.cheap_experts[2] if router.cheap_experts else 0,
     )

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from moe_core import metrics
-from moe_core.routers import Router, ZeroComputationRouter
 from moe_core.routing import Routing
 
 _SAMPLE = 4096  # values of a tensor that are looked at to tell its precision
@@ -84,7 +83,7 @@ class StepRecord:
 
 @torch.no_grad()
 def layer_record(routing: Routing, padding_mask: Tensor | None = None) -> LayerRecord:
-    """What one routing alone tells; the device is waited for once."""
+    """What one routing alone tells; one host-device sync."""
     real_BN, E = routing.real_tokens, routing.n_experts
     n_real = real_BN.sum()
     mean = lambda values_BN: values_BN.double().masked_fill(~real_BN, 0).sum() / n_real.clamp(min=1)
@@ -112,7 +111,7 @@ def layer_record(routing: Routing, padding_mask: Tensor | None = None) -> LayerR
                 ]
             ),
         ]
-    ).tolist()  # the one wait for the device
+    ).tolist()  # the one host-device sync
     asked, kept, rest = numbers[:E], numbers[E : 2 * E], numbers[2 * E :]
     tokens, padding_slots, entropy, logsumexp, largest_logit, largest_score, *rest = rest
     logits_held, logits_seen, weights_held, weights_seen, *losses = rest
@@ -133,31 +132,10 @@ def layer_record(routing: Routing, padding_mask: Tensor | None = None) -> LayerR
     )
 
 
-def aim(router: Router) -> list[float]:
-    """(E,) the share of the tokens that a router means each expert to get: alike, but where real and cheap experts differ."""
-    E = router.n_experts
-    if not isinstance(router, ZeroComputationRouter):
-        return [(router.expansion if hasattr(router, "expansion") else router.top_k) / E] * E
-    n_ffn, K = router.n_ffn_experts, router.top_k
-    ffn = (
-        K * router.ffn_ratio * n_ffn / (router.ffn_ratio * n_ffn + E - n_ffn)
-    )  # experts per token that compute something
-    if router.bias_update_rate > 0:
-        ffn = router.mean_ffn_experts
-    return [ffn / n_ffn] * n_ffn + [(K - ffn) / (E - n_ffn)] * (E - n_ffn)
-
-
 def _places(routing: Routing) -> int | None:
     if routing.capacity is None or routing.capacity_scope == "batch":
         return routing.capacity
     return routing.capacity * routing.scores.shape[0]  # counted for each sequence
-
-
-def selection_bias(router: Router) -> list[float] | None:
-    """(E,) what a router adds to the scores before it selects; None where it has no such bias."""
-    beta = getattr(router, "beta", None)
-    bias = getattr(router, "expert_bias", None) if beta is None else -beta
-    return None if bias is None else bias.tolist()
 
 
 def _held_by_bf16(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,15 +20,7 @@ from moe_core.layer import MixtureOfExperts
 from moe_core.routing import Routing
 from moe_core.validate import whole
 
-from .log_records import (
-    StepCosts,
-    StepRecord,
-    aim,
-    exactly,
-    layer_record,
-    selection_bias,
-    step_record,
-)
+from .log_records import StepCosts, StepRecord, exactly, layer_record, step_record
 
 
 class RoutingLog:
@@ -170,9 +162,9 @@ class RoutingLog:
             layer = layer_record(routing, padding_mask)
             if self._layers:
                 router = self._layers[index].router
-                thresholds = getattr(router, "cutoffs", None)
-                layer.aim, layer.bias = aim(router), selection_bias(router)
-                layer.thresholds = None if thresholds is None else thresholds.tolist()
+                layer.aim = (router.mean_top_k * router.expected_share()).tolist()
+                layer.bias = _plain(router.selection_bias)
+                layer.thresholds = _plain(router.thresholds)
             if index in self._gates:
                 layer.shared_gate = float(self._gates[index].float().sigmoid().mean())
             if route_flips is not None:
@@ -185,3 +177,7 @@ class RoutingLog:
             costs=costs or StepCosts(),
             padding_share=None if padding_mask is None else float(1 - padding_mask.double().mean()),
         )
+
+
+def _plain(tensor_E: Tensor | None) -> list[float] | None:
+    return None if tensor_E is None else tensor_E.tolist()

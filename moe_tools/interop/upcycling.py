@@ -111,7 +111,7 @@ def _slices(dense: FeedForward, moe: MixtureOfExperts) -> int:
     m = d_ff // config.d_ff
     if m == 1:
         return m
-    if type(moe.router) is not TopKRouter:
+    if config.router != "topk":
         raise ValueError(
             f"d_ff={config.d_ff} cuts the dense layer into {m} slices that must be chosen together: only "
             f"router='topk' does, not {config.router!r}"

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.fsdp import FSDPModule
 
+from moe_core.experts import Experts
+
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -37,7 +39,7 @@ def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Ten
     owned = {
         id(parameter): bank.owned
         for bank in model.modules()
-        if hasattr(bank, "owned")
+        if isinstance(bank, Experts)
         for parameter in bank.parameters()
     }
     found: dict[str, Tensor] = {}

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from moe_core.experts import Experts
 from moe_core.parallel.expert_parallel import ExpertShard
 from moe_core.parallel.placement import Placement
 from moe_core.validate import whole
@@ -87,7 +88,7 @@ def expert_parameters(model: nn.Module) -> list[tuple[nn.Parameter, ExpertShard]
     return [
         (parameter, bank.shard)
         for bank in model.modules()
-        if getattr(bank, "shard", None) is not None
+        if isinstance(bank, Experts) and bank.shard is not None
         for parameter in bank.parameters()
     ]
 

@@ -200,7 +200,7 @@ class LanguageModel(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight), routings
 
     def update_routers(self, routings: Sequence[Sequence[Routing]]) -> None:
-        """``Router.update`` of each layer, once per optimiser step: routings[micro_batch][layer]."""
+        """``Router.update`` of each layer, once per optimiser step, of routings[batch][layer]."""
         layers = [block.feed_forward for block in self.blocks]
         routers = [layer.router for layer in layers if isinstance(layer, MixtureOfExperts)]
         for router, of_layer in zip(routers, zip(*routings)):

@@ -128,7 +128,7 @@ class Routing:
     def by_expert(self, values_BNK: Tensor) -> Tensor:
         """(B, N, K) -> (B, N, E): a slot's value at its expert, 0 where a token has no slot."""
         zeros_BNE = values_BNK.new_zeros(self.scores.shape)
-        # A token has at most one slot per expert, so each entry is written once: same bits anywhere.
+        # A token has at most one slot per expert: each entry is written once, with the same bits.
         return zeros_BNE.scatter_add(-1, self.expert_indices, values_BNK)
 
     def with_losses(self, **losses: Tensor) -> "Routing":

@@ -27,7 +27,7 @@ from ..validate import at_least, between, whole
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """The arguments of a router, checked when they are given; a subclass has a subclass of these."""
+    """The arguments of a router, checked when given; a subclass of it has a subclass of these."""
 
     d_model: int
     n_experts: int
@@ -144,7 +144,7 @@ class Router(nn.Module):
         raise TypeError(f"{type(self).__name__} is what routers inherit: it does not route")
 
     def logits(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, E) in float32 at least; raises ValueError where x is not (B, N, D)."""
+        """(B, N, D) -> (B, N, E), in float32 at least; ValueError where x is not (B, N, D)."""
         self.require_tokens(x)
         dtype = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 other experts would win
         with no_autocast(x):
@@ -229,7 +229,7 @@ def checked_padding_mask(padding_mask: Tensor | None, x: Tensor) -> Tensor:
     """(B, N) bool, all True for None; raises ValueError where it does not fit x (B, N, ...)."""
     if padding_mask is None:
         return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    # bool only: a float mask of 0 and 1 means the opposite in some attention APIs.
+    # The message says what True means: for torch's key_padding_mask it is the opposite.
     if padding_mask.shape != x.shape[:2] or padding_mask.dtype != torch.bool:
         raise ValueError(
             f"padding_mask must be bool of shape {tuple(x.shape[:2])}, True for real tokens; "

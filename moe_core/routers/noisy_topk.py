@@ -111,5 +111,5 @@ def probabilities(
     # logits; to compare them with softmaxed values is a known bug (davidmrau/mixture-of-experts,
     # issue 31).
     top_BNk = noisy_BNE.topk(K + 1, dim=-1).values
-    threshold_BNE = torch.where(chosen_BNE, top_BNk[..., K : K + 1], top_BNk[..., K - 1 : K])
-    return torch.special.ndtr((logits_BNE - threshold_BNE) / std_BNE)
+    others_BNE = torch.where(chosen_BNE, top_BNk[..., K : K + 1], top_BNk[..., K - 1 : K])
+    return torch.special.ndtr((logits_BNE - others_BNE) / std_BNE)

@@ -35,8 +35,7 @@ class MoEConfig:
         n_shared_experts: experts that every token visits besides its K.
         shared_d_ff: width of one shared expert, None for d_ff.
         shared_gate, shared_combine: see ``SharedExperts``.
-        activation, glu, bias, glu_limit, up_offset, dropout: see ``MLPOptions``; shared experts
-            too.
+        activation, glu, bias, glu_limit, up_offset, dropout: see ``MLPOptions``; of all experts.
         drop_path, backend: see ``Experts``.
         router_options: what only this router knows, name -> plain value.
 

@@ -23,8 +23,7 @@ class LMConfig:
 
     Attributes:
         vocab_size: 256 when tokens are bytes.
-        d_model, n_layers, n_heads, max_seq_len: D, layers, attention heads, and the longest
-            sequence.
+        d_model, n_layers, n_heads, max_seq_len: D, layers, attention heads, longest sequence.
         d_ff, activation, glu: of the dense feed-forward layer, see ``FeedForward``.
         moe: config of the MoE layers (their d_model must be this one), or None for a dense model.
     """
@@ -171,7 +170,7 @@ class LanguageModel(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2 or id(parameter) in prescribed:
                 continue
-            # GPT-2: 2 * n_layers outputs are added up in the residual stream, which should not grow.
+            # GPT-2: 2 * n_layers outputs add up in the residual stream, which should not grow.
             writes = name.endswith(("out_proj.weight", "down_proj", "down_proj.weight"))
             normal = partial(nn.init.normal_, std=0.02)
             if writes:

@@ -30,11 +30,10 @@ def load_share(routings: Routings) -> Tensor:
 def max_violation(routings: Routings) -> Tensor:
     r"""MaxVio: by how much the most loaded expert exceeds the mean; 0 at perfect balance.
 
-    .. math:: \mathrm{MaxVio} = \frac{\max_e \text{load}_e - \overline{\text{load}}}{\overline{\text{load}}}
+    .. math:: \mathrm{MaxVio} = \max_e \text{load}_e \big/ \overline{\text{load}} - 1
 
     E - 1 when every slot goes to one expert; loads [4, 2, 1, 1] give 1. One routing gives the
-    MaxVio of a batch, many MaxVio global.
-    Source: Wang et al. 2024 (arXiv 2408.15664), eq. 4.
+    MaxVio of a batch, many MaxVio global. Source: Wang et al. 2024 (arXiv 2408.15664), eq. 4.
     """
     share_E = load_share(routings)
     return (share_E.max() * len(share_E) - 1).clamp(min=0)

@@ -9,7 +9,7 @@ from ..validate import at_least, one_of, whole
 
 
 def exact(n_tokens: int, top_k: int, n_experts: int, factor: float | tuple[int, int]) -> int:
-    r""":math:`\lceil T K / E \cdot c_f \rceil`, the decimal taken as you write it: 100 * 1.1 is 110.
+    r""":math:`\lceil T K / E \cdot c_f \rceil`, the decimal as you write it: 100 * 1.1 is 110.
 
     Source: Fedus et al. 2021 (arXiv 2101.03961), eq. 3, with K as in Megatron-LM.
     """
@@ -44,7 +44,7 @@ def megablocks(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
 
 
 def fairscale(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    r""":math:`\lfloor 2T/E \rfloor`, whatever factor and K: top-2 only. fairscale ``top2gating``."""
+    r""":math:`\lfloor 2T/E \rfloor` whatever factor and K: top-2. fairscale ``top2gating``."""
     return 2 * n_tokens // n_experts
 
 
@@ -65,7 +65,7 @@ def st_moe(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
 
 
 def hf_switch(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    """64, whatever the shapes, of each sequence (scope="sequence"). ``SwitchTransformersConfig``."""
+    """64 whatever the shapes, for scope="sequence". ``SwitchTransformersConfig``."""
     return 64
 
 

@@ -56,8 +56,8 @@ def queue_places(routing: Routing, drop_policy: str = "position", scope: str = "
     if scope == "sequence":
         queue_BNK = queue_BNK + (E + 1) * torch.arange(B, device=mask.device).view(B, 1, 1)
     queue, joins = queue_BNK.flatten(), DROP_POLICIES[drop_policy](routing)
-    # A stable sort lines the queues up one after the other; the place is the distance to the queue's
-    # start. That needs (T*K,) memory, the textbooks' one-hot running count (T*K, E).
+    # A stable sort lines the queues up one after the other; the place is the distance to the
+    # queue's start. That needs (T*K,) memory, the textbooks' one-hot running count (T*K, E).
     lined_up = joins[torch.argsort(queue[joins], stable=True)]
     length = queue.new_zeros((E + 1) * (B if scope == "sequence" else 1))
     length.scatter_add_(0, queue, torch.ones_like(queue))

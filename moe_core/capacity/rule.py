@@ -21,10 +21,8 @@ class CapacityRule:
         formula, min_capacity: see ``expert_capacity``; K is the number of slots.
         scope: "batch": one queue per expert and C from B*N tokens; "sequence": each sequence has
             its own queues, and C comes from its N tokens.
-        drop_policy: who is turned away, a name in ``DROP_POLICIES``; "random" is "position" in
-            eval.
-        overflow: "drop": a dropped slot adds nothing. "shared": its weight goes to the shared
-            expert.
+        drop_policy: a name in ``DROP_POLICIES``; in eval "random" is "position".
+        overflow: "drop": a dropped slot adds nothing. "shared": the shared expert gets its weight.
 
     Raises ValueError where a name is unknown, a number out of range, or given twice.
     Source of the two factors: Fedus et al. 2021, 1.25 in training and 2 in eval.

@@ -144,8 +144,8 @@ class Experts(nn.Module):
     @torch.no_grad()
     def draw(self, parameter: Tensor, fill: Callable[[Tensor], Tensor]) -> None:
         """Fill a parameter of this bank expert after expert."""
-        # Also those of other ranks, which are not kept: from the same seed every expert has the same
-        # weights, on however many ranks.
+        # Also those of other ranks, which are not kept: from the same seed every expert has the
+        # same weights, on however many ranks.
         for expert in range(self.n_experts):
             drawn = fill(torch.empty_like(parameter[0]))
             if expert in self.owned:

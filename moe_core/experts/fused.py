@@ -16,14 +16,11 @@ from .activations import Activation
 _LIBRARY = torch.library.Library("moe_core", "DEF")
 _BANK = "Tensor rows, Tensor counts, Tensor gate_up, Tensor down"
 _ACTIVATION = "str name, bool glu, float? limit, float up_offset"
-_LIBRARY.define(
-    f"experts({_BANK}, Tensor? gate_up_bias, Tensor? down_bias, Tensor? keep, {_ACTIVATION}) "
-    "-> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    f"experts_backward(Tensor grad, Tensor projected, {_BANK}, Tensor? keep, bool bias, "
-    f"{_ACTIVATION}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+_BIASES = "Tensor? gate_up_bias, Tensor? down_bias"
+_BACKWARD = f"Tensor grad, Tensor projected, {_BANK}, Tensor? keep, bool bias, {_ACTIVATION}"
+_FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+_LIBRARY.define(f"experts({_BANK}, {_BIASES}, Tensor? keep, {_ACTIVATION}) -> (Tensor, Tensor)")
+_LIBRARY.define(f"experts_backward({_BACKWARD}) -> {_FIVE}")
 
 
 def fused(

@@ -56,8 +56,7 @@ class SoftMoE(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Dispatch (B, N, E*S), a softmax over tokens, and combine, one over slots; float32.
 
-        Both are exactly 0 for padding. Raises ValueError where x (B, N, D) or padding_mask does not
-        fit.
+        Both are exactly 0 for padding. Raises ValueError where x or padding_mask does not fit.
         """
         if x.ndim != 3 or x.shape[-1] != self.d_model:
             found = tuple(x.shape)
@@ -86,7 +85,7 @@ class SoftMoE(nn.Module):
         wide = dispatch_BNS.dtype
         with no_autocast(x):
             slots_BSD = torch.einsum("bns,bnd->bsd", dispatch_BNS, x.to(wide)).to(x.dtype)
-        # The bank wants rows sorted by expert: B slots of expert 0's first, and so on.
+        # The bank wants rows sorted by expert: first expert 0's S slots of every sequence.
         rows_AD = slots_BSD.view(B, E, S, D).transpose(0, 1).reshape(E * B * S, D)
         rows_AD = self.experts.run_rows(rows_AD, torch.full((E,), B * S, device=x.device))
         slots_BSD = rows_AD.view(E, B, S, D).transpose(0, 1).reshape(B, E * S, D)

@@ -25,8 +25,7 @@ def load_balance(
     balance it is 1, and E / K when all tokens go to the same K experts with certainty.
 
     Args:
-        routing: one layer's: pooled over layers, two that collapse in opposite ways would look
-            fine.
+        routing: of one layer: pooled, two that collapse in opposite ways would look balanced.
         scope: "batch" pools all tokens, "sequence" averages over sequences with a real token.
         share: (E,) f in place of this routing's own, say ``global_share`` of the global batch.
         relative_scores: take s_e / sum(s) for scores that do not sum to 1 (sigmoid).
@@ -53,8 +52,7 @@ def first_choice_balance(routing: Routing) -> Tensor:
 
     The paper's :math:`\frac{1}{E} \sum_e \frac{c_e}{S} m_e` is this divided by E^2:
     ``convert_loss``. Slots must be ordered by preference, as TopKRouter's and GShardRouter's are.
-    Source: Lepikhin et al. 2020 (arXiv 2006.16668), algorithm 1; fairscale, and DeepSpeed for
-    top-2.
+    Source: Lepikhin et al. 2020 (arXiv 2006.16668), algorithm 1; fairscale.
     """
     of_slots = ("expert_indices", "expert_weights", "capacity_mask", "drop_reason")
     first = replace(routing, **{name: getattr(routing, name)[..., :1] for name in of_slots})
@@ -64,7 +62,8 @@ def first_choice_balance(routing: Routing) -> Tensor:
 def sequence_balance(routing: Routing, *, top_k: int | None = None) -> Tensor:
     r"""DeepSeek-V3's complementary loss: balance within each sequence, 1 where it is perfect.
 
-    .. math:: L = \sum_e f_e P_e, \quad f_e = \frac{E}{K N} \sum_t 1[s_{t,e} \in \mathrm{topk}(s_t)],
+    .. math:: L = \sum_e f_e P_e,
+        \quad f_e = \frac{E}{K N} \sum_t 1[s_{t,e} \in \mathrm{topk}(s_t)],
         \quad P_e = \frac{1}{N} \sum_t \frac{s_{t,e}}{\sum_j s_{t,j}}
 
     The mean over sequences with a real token. Raises ValueError where top_k is not between 1 and E;
@@ -74,7 +73,7 @@ def sequence_balance(routing: Routing, *, top_k: int | None = None) -> Tensor:
     if top_k is None:
         top_k = routing.top_k
     top_k_fits(top_k, routing.n_experts)
-    # Not what was routed but what the scores alone would choose: a bias must not hide imbalance.
+    # Not what was routed but what scores alone would choose: a bias must not hide the imbalance.
     indices_BNK = routing.scores.detach().topk(top_k, dim=-1).indices
     chosen_BNE = torch.zeros_like(routing.scores).scatter(-1, indices_BNK, 1)
     count_BE = (chosen_BNE * routing.real_tokens.unsqueeze(-1)).sum(1)

@@ -6,14 +6,10 @@ counted differs, too: fairscale, GShard, and DeepSpeed for top-2, count first ch
 
 from ..validate import one_of, top_k_fits
 
+# E sum_e f_e P_e with f a share of slots; "switch" is the paper without its alpha.
+_AS_HERE = ("moe_core", "switch", "megatron", "olmo", "deepspeed", "tutel")
 # convention -> its value at perfect balance, from E and K
-CONVENTIONS = {
-    "moe_core": lambda E, K: 1.0,
-    "switch": lambda E, K: 1.0,  # E sum_e f_e P_e, the paper without its alpha
-    "megatron": lambda E, K: 1.0,
-    "olmo": lambda E, K: 1.0,
-    "deepspeed": lambda E, K: 1.0,
-    "tutel": lambda E, K: 1.0,
+CONVENTIONS = dict.fromkeys(_AS_HERE, lambda E, K: 1.0) | {
     # load_balancing_loss_func of Mixtral and its family: f is a share of tokens, not of slots.
     "huggingface": lambda E, K: float(K),
     "fairscale": lambda E, K: 1 / E**2,  # the mean over experts of me * ce

@@ -1,15 +1,7 @@
 """Balance over the global batch: all micro-batches of all ranks, as if they were one.
 
 A micro-batch of one or two sequences is never balanced by a router that knows its subjects; asking
-for it forbids specialisation. The loss is linear in P, so only f must be known globally:
-
-    shares = [losses.global_share(layer) for layer in zip(*routings)]  #
-        routings[micro_batch][layer]
-    loss_m = sum(losses.load_balance(r, share=f) for r, f in zip(routings[m], shares))
-
-The mean of loss_m over micro-batches and ranks is the loss of the one big batch if all have as many
-real tokens; ``global_balance`` is exact with any padding. Who frees each micro-batch before the
-next counts the ones so far (the paper's buffer), or in a first pass without gradients.
+for it forbids specialisation.
 """
 
 from collections.abc import Sequence
@@ -25,7 +17,13 @@ from .balance import mean_score
 def global_share(routings: Sequence[Routing]) -> Tensor:
     """f_e (E,) over one layer's micro-batches and all ranks, to be given to ``load_balance``.
 
-    Every rank must call this. Raises ValueError where routings is empty.
+        shares = [losses.global_share(layer) for layer in zip(*routings)]  #
+            routings[micro_batch][layer]
+        loss_m = sum(losses.load_balance(r, share=f) for r, f in zip(routings[m], shares))
+
+    The loss is linear in P: the mean of loss_m over micro-batches and ranks is that of the one big
+    batch if all have as many real tokens. Every rank must call this. Raises ValueError for no
+    routing.
     Source: Qiu et al. 2025 (Qwen, arXiv 2501.11873).
     """
     if not routings:
@@ -36,14 +34,13 @@ def global_share(routings: Sequence[Routing]) -> Tensor:
 
 
 def global_balance(routings: Sequence[Routing], *, relative_scores: bool = False) -> Tensor:
-    r"""``load_balance`` of the global batch: a token weighs the same wherever it was computed.
+    r"""``load_balance`` of the global batch, with any padding: a token weighs the same anywhere.
 
     .. math:: L = E \sum_e f_e \frac{\sum_{r,m,t} s_{r,m,t,e}}{T},
         \quad f, T \text{ over all ranks } r \text{ and micro-batches } m
 
     Takes one layer's routings of this rank, with their graphs; every rank must call this. Raises
-    ValueError where there are none.
-    Source: Qiu et al. 2025 (Qwen, arXiv 2501.11873).
+    ValueError where there are none. Source: as ``global_share``.
     """
     share_E = global_share(routings)
     n_tokens = torch.stack([r.real_tokens.sum() for r in routings])

@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from ..validate import whole
 
+# For each rank that lives here: its rows, and how many of them go to (come from) each rank.
+Rows = Sequence[Tensor]
 Splits = Sequence[Sequence[int]]
 
 
@@ -25,21 +27,14 @@ class Exchange(ABC):
     ranks: tuple[int, ...]
 
     @abstractmethod
-    def move(
-        self, rows: Sequence[Tensor], send: Splits, receive: Splits, what: str = "rows"
-    ) -> list[Tensor]:
-        """Send rows from every rank to every rank, without gradient.
+    def move(self, rows: Rows, send: Splits, receive: Splits, what: str = "rows") -> list[Tensor]:
+        """Send rows from every rank to every rank, without gradient; ``what`` names it in the log.
 
-        Args:
-            rows: for each rank that lives here (A, ...), those for rank 0 first, then those for
-                rank 1.
-            send, receive: for each rank that lives here, R numbers of rows.
-            what: a name for the log.
-
-        Returns for each rank that lives here the rows it got, those from rank 0 first.
+        ``rows`` (A, ...) stand in the order of the ranks they go to, those returned in the order of
+        the ranks they came from.
         """
 
-    def all_to_all(self, rows: Sequence[Tensor], send: Splits, receive: Splits) -> Sequence[Tensor]:
+    def all_to_all(self, rows: Rows, send: Splits, receive: Splits) -> Rows:
         """``move`` with a gradient: what came from a rank sends its gradient back there."""
         return _AllToAll.apply(self, send, receive, *rows)
 
@@ -75,9 +70,7 @@ class SimulatedExchange(Exchange):
         self.n_ranks, self.ranks = n_ranks, tuple(range(n_ranks))
         self.transfers: list[Transfer] = []
 
-    def move(
-        self, rows: Sequence[Tensor], send: Splits, receive: Splits, what: str = "rows"
-    ) -> list[Tensor]:
+    def move(self, rows: Rows, send: Splits, receive: Splits, what: str = "rows") -> list[Tensor]:
         """See ``Exchange.move``."""
         pieces = [rows_s.split(list(send_s)) for rows_s, send_s in zip(rows, send)]
         bytes_RR = torch.tensor([[piece.nbytes for piece in row] for row in pieces])
@@ -100,9 +93,7 @@ class TorchExchange(Exchange):
         self.group, self.rank = group, dist.get_rank(group)
         self.n_ranks, self.ranks = dist.get_world_size(group), (self.rank,)
 
-    def move(
-        self, rows: Sequence[Tensor], send: Splits, receive: Splits, what: str = "rows"
-    ) -> list[Tensor]:
+    def move(self, rows: Rows, send: Splits, receive: Splits, what: str = "rows") -> list[Tensor]:
         """See ``Exchange.move``; gloo on a CPU, NCCL on a GPU."""
         [rows_A], [to], [come] = rows, send, receive  # one rank lives here
         got = rows_A.new_empty(sum(come), *rows_A.shape[1:])

@@ -53,6 +53,7 @@ class Placement:
 
     @cached_property
     def n_experts(self) -> int:
+        """How many different experts the ranks hold."""
         return 1 + max(map(max, self.experts_of_rank))
 
     @property
@@ -84,10 +85,8 @@ def by_load(load: Sequence[float], n_ranks: int, *, replicas: int = 0) -> Placem
 
     ``replicas`` are places for additional copies; each goes to the expert with the most load per
     copy, whose rows are then shared out evenly. Raises ValueError where a load is negative or not
-    finite, R does not divide E + replicas, or an expert would have more copies than there are
-    ranks.
-    Source: greedy longest-processing-time scheduling (Graham 1969), with equally many places a
-    rank.
+    finite, R does not divide E + replicas, or an expert would need more copies than ranks.
+    Source: greedy longest-processing-time scheduling (Graham 1969), as many places on each rank.
     """
     load = [float(value) for value in load]
     whole(0, replicas=replicas)
@@ -98,10 +97,8 @@ def by_load(load: Sequence[float], n_ranks: int, *, replicas: int = 0) -> Placem
     for _ in range(replicas):
         free = [e for e in range(n_experts) if copies[e] < n_ranks]
         if not free:
-            most = n_experts * (n_ranks - 1)
-            raise ValueError(
-                f"replicas={replicas} must be at most {most}: a rank holds an expert once"
-            )
+            most = f"at most {n_experts * (n_ranks - 1)}: a rank holds an expert once"
+            raise ValueError(f"replicas={replicas} must be {most}")
         copies[max(free, key=lambda e: load[e] / copies[e])] += 1
     ranks: list[list[int]] = [[] for _ in range(n_ranks)]
     busy = [0.0] * n_ranks

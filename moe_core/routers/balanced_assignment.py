@@ -9,11 +9,11 @@ from ..routing import Routing
 from .base import Router, RouterOptions, checked_padding_mask
 from .quantile_balancing import balancing_bias
 
+_FIXED = ("capacity_factor", "aux_loss_weight", "top_k")
+
 
 @dataclass(frozen=True)
-class BalancedAssignmentOptions(
-    RouterOptions, fixed=("capacity_factor", "aux_loss_weight", "top_k")
-):
+class BalancedAssignmentOptions(RouterOptions, fixed=_FIXED):
     """The arguments of ``BalancedAssignmentRouter``."""
 
     top_k: int = 1
@@ -22,8 +22,8 @@ class BalancedAssignmentOptions(
 class BalancedAssignmentRouter(Router):
     r"""BASE layers: one expert per token; in training a balanced assignment, solved exactly.
 
-    .. math:: \max_{a} \sum_t h_{t, a_t} \quad
-              \text{s.t. every expert has the same number of tokens}, \qquad w_t = \sigma(h_{t, a_t})
+    .. math:: \max_{a} \sum_t h_{t, a_t} \; \text{s.t. every expert has the same number of tokens},
+              \quad w_t = \sigma(h_{t, a_t})
 
     Every expert gets T/E of the T real tokens; at most T/E rounded up where E does not divide T. In
     training a token's route depends on the whole batch, later tokens included, and the assignment
@@ -78,9 +78,9 @@ def balanced_assignment(scores_TE: Tensor) -> Tensor:
             bias_E = balancing_bias(scores_RE, all_R, 1, bias_E)
     expert_R = (scores_RE - bias_E).argmax(-1)
     load_E = torch.zeros(E, dtype=torch.int64).scatter_add_(0, expert_R, torch.ones_like(expert_R))
-    # While an expert has too many tokens, move one along the cheapest chain of experts (token 1 from
-    # a to b, token 2 from b to c, ...) to one with room. The assignment stays optimal for its new
-    # loads, with one token less in the wrong place: at most T chains end with the optimum.
+    # While an expert has too many tokens, move one along the cheapest chain of experts (token 1
+    # from a to b, token 2 from b to c, ...) to one with room. The assignment stays optimal for its
+    # new loads, with one token less in the wrong place: at most T chains end with the optimum.
     while bool((load_E > places).any()):
         # What moving this token there would lose.
         loss_RE = scores_RE.gather(1, expert_R.unsqueeze(1)) - scores_RE

@@ -1,12 +1,6 @@
 """What all routers share: options, one logit per expert, and the making of a Routing.
 
-A router's forward says what it does in the order in which it does it:
-
-    logits_BNE = self.logits(x)                      # one linear map, in float32
-    indices_BNK, weights_BNK = ...                   # the idea of its paper
-    routing = self.routing(indices_BNK, weights_BNK, logits_BNE, scores_BNE, padding_mask)
-    routing = self.limit_capacity(routing)           # who finds room
-    return self.add_losses(routing)                  # balance, z, and its own
+A forward is ``logits``, the idea of its paper, ``routing``, ``limit_capacity``, ``add_losses``.
 """
 
 import inspect
@@ -60,12 +54,10 @@ class Router(nn.Module):
 
     Args:
         d_model, n_experts: D and E. Also top_k: K, the slots of a token, or expansion: their mean.
-        capacity_factor: places per slot at perfect balance, None for dropless; or a
-            ``CapacityRule``.
-        aux_loss_weight, z_loss_weight: coefficients of ``balance_loss`` and of ``losses.z_loss``; 0
-            leaves a loss out.
-        jitter_noise: in training the router (and only it) sees x times noise uniform in [1 -
-            jitter_noise, 1 + jitter_noise]. Fedus et al. 2021 (arXiv 2101.03961), section 2.2.
+        capacity_factor: places per slot at perfect balance, or a ``CapacityRule``; None: dropless.
+        aux_loss_weight, z_loss_weight: coefficients of ``balance_loss`` and ``losses.z_loss``.
+        jitter_noise: epsilon; in training the router (and only it) sees x times noise uniform in
+            [1 - epsilon, 1 + epsilon]. Fedus et al. 2021 (arXiv 2101.03961), section 2.2.
 
     Attributes:
         options: the arguments; each is an attribute of the router, too.
@@ -73,8 +65,7 @@ class Router(nn.Module):
         thresholds: (E,) what a logit is compared with to select, or None.
         cheap_experts: how many zero, copy and constant experts stand behind the others, or None.
 
-    A router raises ValueError where an argument is out of range, TypeError where it has no such
-    one.
+    Raises ValueError where an argument is out of range, TypeError where there is no such one.
     """
 
     Options = RouterOptions

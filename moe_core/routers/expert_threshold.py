@@ -44,13 +44,12 @@ class ExpertThresholdRouter(Router):
     A batch's cutoff is where expert choice would have cut. The threshold is what the buffer
     ``cutoffs`` (E,) holds: the mean cutoff of the last 1/(1 - beta) optimiser steps. Where logits
     drift slowly against that, the load stays near 1/E each with no auxiliary loss; and in eval a
-    token's route depends on that token alone. Training differs in two ways, which look at the whole
-    batch:
+    token's route depends on that token alone. Training looks at the whole batch, in two ways:
 
     - *Warm-up*: for ``warmup_steps`` steps, and while there is no threshold, each expert takes its
-    k best tokens: early thresholds, stale in a few steps, would starve experts.
+      k best tokens: early thresholds, stale in a few steps, would starve experts.
     - *Capacity band*: an expert's number of tokens is forced into [(1 - C) k, (1 + C) k]: its best
-    below the threshold are let in, or its worst above it dropped (OVER_CAPACITY).
+      below the threshold are let in, or its worst above it dropped (OVER_CAPACITY).
 
     Args, besides ``Router``'s:
         expansion: G, the mean number of experts per token, 0 < G <= E.
@@ -127,9 +126,8 @@ class ExpertThresholdRouter(Router):
         If no micro-batch has a real token, only ``steps`` counts. One of fewer than E/G tokens
         counts with k = 1, a cutoff too high: update with larger ones.
         """
-        totals = self.cutoffs.new_zeros(
-            self.n_experts + 1
-        )  # sum of cutoffs, and how many: one call
+        # The sum of cutoffs, and how many: one call to the other ranks.
+        totals = self.cutoffs.new_zeros(self.n_experts + 1)
         for routing in routings:
             real_T = routing.real_tokens.flatten()
             if real_T.numel() > 0:
@@ -143,6 +141,7 @@ class ExpertThresholdRouter(Router):
                 totals += torch.where(n_real > 0, found, 0)
         totals = sum_over_ranks(totals)
         found = totals[-1] > 0
+        # The share of the EMA that is data, 1 - beta^t: dividing by it corrects the start at 0.
         weight = self.ema_decay * self.ema_weight + (1 - self.ema_decay)
         mean_E = totals[:-1] / totals[-1].clamp(min=1)
         step_E = (1 - self.ema_decay) / weight * (mean_E - self.cutoffs)

@@ -28,7 +28,7 @@ class GShardOptions(TopKOptions, fixed=("top_k", "jitter_noise", *SCORING)):
 class GShardRouter(TopKRouter):
     r"""Top-2, renormalised; in training the second expert is asked only as often as it matters.
 
-    .. math:: g_1 = \frac{p_{e_1}}{p_{e_1} + p_{e_2}}, \quad g_2 = \frac{p_{e_2}}{p_{e_1} + p_{e_2}},
+    .. math:: g_1 = \frac{p_{e_1}}{p_{e_1} + p_{e_2}}, \quad g_2 = 1 - g_1,
               \quad \Pr[e_2 \text{ is asked}] = 2 g_2
 
     A second slot that is not asked has the reason NOT_SELECTED and takes no place; the first keeps

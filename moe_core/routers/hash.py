@@ -53,8 +53,7 @@ class HashRouter(TopKRouter):
         weights: "uniform", 1/K, the hash layer as published: no parameter, logits of 0, scores of
             1/E. "learned": a router weighs the experts, as in DeepSeek-V4's first layers.
 
-    Source: Roller et al. 2021 (arXiv 2106.04426), balanced hash; DeepSeek-V4's table ``tid2eid`` in
-    transformers.
+    Source: Roller et al. 2021 (arXiv 2106.04426), balanced hash; ``tid2eid`` of DeepSeek-V4.
     """
 
     Options = HashOptions

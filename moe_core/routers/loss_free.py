@@ -45,8 +45,7 @@ class LossFreeRouter(TopKRouter):
     Args, besides ``TopKRouter``'s (DeepSeek-V3: gamma = 2.5, and 4 of 8 groups):
         bias_update: "sign", or "proportional", which steps by the relative violation :math:`u (\bar
             c - c_e) / \bar c`, so that u means the same at any batch size.
-        bias_update_rate: u; the papers use 0.001, and 0 at the end of training. It may be set
-            later.
+        bias_update_rate: u; 0.001 in the papers, and 0 at the end of training: it may be changed.
         sequence_loss_weight: coefficient of ``losses.sequence_balance`` (DeepSeek-V3: 0.0001).
 
     Source: Wang et al. 2024 (arXiv 2408.15664), algorithm 1, and its section on variants for the

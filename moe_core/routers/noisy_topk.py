@@ -85,7 +85,7 @@ class NoisyTopKRouter(Router):
             loss = self.importance_loss_weight * losses.importance(routing)
             routing = routing.with_losses(importance=loss)
         if self.load_loss_weight > 0:
-            # These have a gradient, where a count has none; in eval, without noise, they are 0 or 1.
+            # These have a gradient, where a count has none; in eval, without noise, 0 or 1.
             probability_BNE = probabilities(logits_BNE, noisy_BNE, std_BNE, indices_BNK)
             loss = self.load_loss_weight * losses.load(routing, probability_BNE)
             routing = routing.with_losses(load=loss)
@@ -107,9 +107,8 @@ def probabilities(
     K, E = indices_BNK.shape[-1], logits_BNE.shape[-1]
     if std_BNE is None or K == E:
         return chosen_BNE.to(logits_BNE.dtype)
-    # The K-th largest of the others: the (K+1)-th of all if e is among the K, else the K-th. All are
-    # logits; to compare them with softmaxed values is a known bug (davidmrau/mixture-of-experts,
-    # issue 31).
+    # The K-th largest of the others: the (K+1)-th of all if e is among the K, else the K-th. Logits
+    # all of them: softmaxed values here are a known bug (davidmrau/mixture-of-experts, issue 31).
     top_BNk = noisy_BNE.topk(K + 1, dim=-1).values
     others_BNE = torch.where(chosen_BNE, top_BNk[..., K : K + 1], top_BNk[..., K - 1 : K])
     return torch.special.ndtr((logits_BNE - others_BNE) / std_BNE)

@@ -27,7 +27,7 @@ def _sizes(d_model: int, n_experts: int, top_k: int, **groups: int) -> dict[str,
 _SECOND_CHOICES_LAST = CapacityRule(factor=1.0, drop_policy="slot_position")
 _TWO_FACTORS = CapacityRule(factor=1.25, eval_factor=2.0)
 _CHOSEN_LOGITS = {"score_after_topk": True, "norm_topk_prob": False}
-_SELECTION_BIAS = {"expert_bias": True, "norm_eps": 1e-20}
+_WITH_BIAS = {"expert_bias": True, "norm_eps": 1e-20}
 
 PRESETS: dict[str, Preset] = {
     "gshard": Preset(
@@ -90,14 +90,13 @@ PRESETS: dict[str, Preset] = {
     "deepseek_v3": Preset(
         "DeepSeek-V3",
         _sizes(7168, 256, 8, n_groups=8, topk_groups=4),
-        dict(score_func="sigmoid", routed_scaling_factor=2.5, group_score="top2_sum")
-        | _SELECTION_BIAS,
+        dict(score_func="sigmoid", routed_scaling_factor=2.5, group_score="top2_sum", **_WITH_BIAS),
         "DeepSeek-AI 2024, arXiv 2412.19437, section 2.1.2; transformers deepseek_v3",
     ),
     "deepseek_v4": Preset(
         "DeepSeek-V4-Flash",
         _sizes(4096, 256, 6),
-        dict(score_func="sqrt_softplus", routed_scaling_factor=1.5, **_SELECTION_BIAS),
+        dict(score_func="sqrt_softplus", routed_scaling_factor=1.5, **_WITH_BIAS),
         "transformers deepseek_v4 (its first layers choose by a hash instead: HashRouter)",
     ),
 }

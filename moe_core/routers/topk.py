@@ -196,11 +196,8 @@ def groups_fit(
         raise ValueError(f"topk_groups={topk_groups} must be between 1 and n_groups={n_groups}")
     size = n_experts // n_groups
     if top_k > topk_groups * size:
-        raise ValueError(
-            f"top_k={top_k} must be at most {topk_groups * size}, "
-            f"the experts in topk_groups={topk_groups} groups of {size}"
-        )
+        most = f"{topk_groups * size}, the experts in topk_groups={topk_groups} groups of {size}"
+        raise ValueError(f"top_k={top_k} must be at most {most}")
     if n_groups > 1 and group_score == "top2_sum" and size < 2:
-        raise ValueError(
-            f"n_groups={n_groups} leaves {size} expert a group, group_score='top2_sum' needs 2"
-        )
+        needs = "group_score='top2_sum' needs 2"
+        raise ValueError(f"n_groups={n_groups} leaves {size} expert a group, {needs}")

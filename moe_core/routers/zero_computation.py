@@ -39,10 +39,8 @@ class ZeroComputationOptions(TopKOptions, fixed=_FIXED):
             raise ValueError(f"ffn_ratio={self.ffn_ratio!r} must be above 0")
         mean, most = self.mean_ffn_experts, min(self.top_k, self.n_experts)
         if (self.bias_update_rate > 0) != (mean is not None):
-            rate = f"bias_update_rate={self.bias_update_rate!r}"
-            raise ValueError(
-                f"mean_ffn_experts={mean!r} must be given exactly when {rate} is above 0"
-            )
+            needed = f"given exactly when bias_update_rate={self.bias_update_rate!r} is above 0"
+            raise ValueError(f"mean_ffn_experts={mean!r} must be {needed}")
         if mean is not None:
             at_least(0, mean_ffn_experts=mean)
             if mean > most:

@@ -3,13 +3,12 @@
     x (B, N, D) --Router--> Routing --DispatchPlan--> rows (A, D) + counts (E,)
                 --Experts--> rows (A, D) --combine--> y (B, N, D)
 
-Dimension letters, everywhere: B batch, N tokens per sequence, T = B*N, D d_model, F d_ff,
-E experts, K slots per token, C capacity, A kept assignments, R ranks. A local tensor carries its
-dims as a suffix: ``scores_BNE``, ``rows_AD``.
+Dimension letters, everywhere: B batch, N tokens per sequence, T = B*N, D d_model, F d_ff, E
+experts, K slots per token, C capacity, A kept slots, R ranks. A local tensor carries its dims as a
+suffix: ``scores_BNE``, ``rows_AD``.
 
 Read in this order: routing · capacity, losses, dispatch, parallel, metrics · routers, experts ·
-config · layer · lm. What is made of it (counting, designing, training, diagnosis, other people's
-models, benches) is the package ``moe_tools``.
+config · layer · lm. What is made of it is the package ``moe_tools``.
 """
 
 from . import capacity, losses, metrics, routers
@@ -23,11 +22,11 @@ from .routers import *  # noqa: F403  (the classes of every file there)
 from .routing import DropReason, Routing
 
 __version__ = "0.1.0"
-_ROUTERS = [name for name in routers.__all__ if name != "ROUTERS"]
 __all__ = [
     *("CapacityRule", "DispatchPlan", "DropReason", "Experts", "FeedForward", "LMConfig"),
     *("LanguageModel", "MixtureOfExperts", "MoEConfig", "Routing", "SoftMoE"),
-    *("ZeroComputationExperts", "capacity", "losses", "metrics", *_ROUTERS),
+    *("ZeroComputationExperts", "capacity", "losses", "metrics"),
+    *(name for name in routers.__all__ if name != "ROUTERS"),
 ]
 
 

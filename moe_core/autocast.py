@@ -1,4 +1,4 @@
-"""Autocast, handled by hand: what a router computes and what is summed up stays in float32 at least."""
+"""Autocast, handled by hand: what a router computes, and every sum, stays in float32 at least."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -9,20 +9,14 @@ from torch import Tensor
 def no_autocast(x: Tensor) -> AbstractContextManager:
     """Off for x's device; nothing to do on a device that has none (meta)."""
     kind = x.device.type
-    return (
-        torch.autocast(kind, enabled=False)
-        if torch.amp.is_autocast_available(kind)
-        else nullcontext()
-    )
+    if torch.amp.is_autocast_available(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks of matrix products on x's device, None when it is off, or where x is float64."""
+    """What autocast asks of matrix products on x's device; None when it is off, or x is float64."""
     kind = x.device.type
-    if (
-        x.dtype == torch.float64
-        or not torch.amp.is_autocast_available(kind)
-        or not torch.is_autocast_enabled(kind)
-    ):
-        return None
-    return torch.get_autocast_dtype(kind)
+    available = x.dtype != torch.float64 and torch.amp.is_autocast_available(kind)
+    on = available and torch.is_autocast_enabled(kind)  # raises for a device that has no autocast
+    return torch.get_autocast_dtype(kind) if on else None

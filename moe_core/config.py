@@ -12,13 +12,8 @@ from .routers import ROUTERS, Router
 from .validate import between, boolean, one_of, whole
 
 # Fields that several routers share -> the value for a router that has no such option.
-SHARED = {
-    "capacity_factor": None,
-    "norm_topk_prob": None,
-    "aux_loss_weight": 0.0,
-    "z_loss_weight": 0.0,
-    "jitter_noise": 0.0,
-}
+SHARED = {"capacity_factor": None, "norm_topk_prob": None}
+SHARED |= dict.fromkeys(("aux_loss_weight", "z_loss_weight", "jitter_noise"), 0.0)
 
 
 class Default(Enum):
@@ -29,29 +24,22 @@ class Default(Enum):
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """An MoE layer in numbers.
+    """An MoE layer in numbers; raises ValueError where the layer's parts would.
 
     Attributes:
         d_model, d_ff, n_experts, top_k: D, F (of one expert), E and K. Where a token may take any
             number of experts, K is their mean number, the router's ``expansion``.
-        capacity_factor: places per slot at perfect balance, None for dropless; or a
-            ``CapacityRule``.
+        capacity_factor, aux_loss_weight, z_loss_weight, jitter_noise: see ``Router``.
         router: a name in ``moe_core.routers.ROUTERS``.
         norm_topk_prob: the weights of the K chosen experts sum to 1.
-        aux_loss_weight, z_loss_weight: coefficients of the balance loss and of the z-loss.
-        jitter_noise: epsilon of the multiplicative noise on the router's input, in training only.
         n_shared_experts: experts that every token visits besides its K.
         shared_d_ff: width of one shared expert, None for d_ff.
         shared_gate, shared_combine: see ``SharedExperts``.
-        activation, glu, bias, glu_limit, up_offset, dropout, drop_path, backend: see ``Experts``;
-            the first six hold for shared experts, too.
+        activation, glu, bias, glu_limit, up_offset, dropout: see ``MLPOptions``; of all experts.
+        drop_path, backend: see ``Experts``.
         router_options: what only this router knows, name -> plain value.
 
-    capacity_factor, norm_topk_prob, aux_loss_weight, z_loss_weight and jitter_noise start with what
-    the router's class has; for a router without such an option they are None, None, 0, 0, 0.
-
-    Raises:
-        ValueError: a value is out of its range, or the router cannot use it.
+    The five fields that start with ``Default`` take what the router's class has.
     """
 
     d_model: int
@@ -82,6 +70,7 @@ class MoEConfig:
         one_of(ROUTERS, router=self.router)
         self._set(router_options=_plain(self.router_options))
         accepted = self._accepted()
+        # Replaced at once, so that a config says every value and its dict stays true later.
         for name, nothing in SHARED.items():
             if getattr(self, name) is Default.OF_THE_ROUTER:
                 self._set(**{name: accepted.get(name, nothing)})
@@ -107,18 +96,14 @@ class MoEConfig:
 
     def _set(self, **values) -> None:
         for name, value in values.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, value)  # the dataclass is frozen for everybody else
 
     def _accepted(self) -> dict[str, Any]:
         """The router's arguments and their defaults, MISSING where there is none."""
         return {f.name: f.default for f in fields(ROUTERS[self.router].Options) if f.init}
 
     def router_arguments(self) -> dict[str, Any]:
-        """What the router's class is called with.
-
-        Raises:
-            ValueError: the router has no such option, or one it needs is missing.
-        """
+        """What the router's class is called with; ValueError for options it has not, or lacks."""
         cls, accepted, router = ROUTERS[self.router], self._accepted(), f"router={self.router!r}"
         mean = cls.top_k_is_a_mean
         top_k = {"expansion": self.top_k} if mean else {"top_k": self.top_k}
@@ -127,10 +112,8 @@ class MoEConfig:
         own = [name for name in accepted if name not in given]
         for name in self.router_options:
             if name in given or name in ("top_k", "expansion"):
-                field_ = "top_k" if name == "expansion" else name
-                raise ValueError(
-                    f"router_options[{name!r}]: give it as the field {field_} of MoEConfig"
-                )
+                as_field = f"give it as the field {'top_k' if name == 'expansion' else name}"
+                raise ValueError(f"router_options[{name!r}]: {as_field} of MoEConfig")
             if name not in own:
                 has = f"it has {', '.join(own)}" if own else "it has none"
                 raise ValueError(f"router_options[{name!r}]: {router} has no such option; {has}")
@@ -140,10 +123,8 @@ class MoEConfig:
         for name in given.keys() - accepted.keys():
             fixed = SHARED[name] if name in SHARED else cls.Options.top_k
             if given.pop(name) != fixed:
-                value, why = getattr(self, name), f"{router} has no other"
-                if name in SHARED:
-                    why = f"{router} has no such option"
-                raise ValueError(f"{name}={value!r} must be {fixed!r}: {why}")
+                why = f"{router} has no {'such option' if name in SHARED else 'other'}"
+                raise ValueError(f"{name}={getattr(self, name)!r} must be {fixed!r}: {why}")
         return given | self.router_options
 
     def build_router(self) -> Router:
@@ -162,7 +143,7 @@ class MoEConfig:
     def from_dict(cls, values: dict) -> "MoEConfig":
         """The inverse of ``to_dict``. Raises ValueError for a key that is no field."""
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
+        if unknown:  # from another version, say: better than a TypeError about __init__
             raise ValueError(f"unknown keys in MoEConfig: {', '.join(unknown)}")
         return cls(**values)
 
@@ -174,8 +155,6 @@ def _plain(options: dict) -> dict:
     except (TypeError, ValueError):
         copy = None
     if not isinstance(options, dict) or copy != options:
-        raise ValueError(
-            f"router_options={options!r} must be a dict of names to plain JSON values "
-            "(lists, not tuples)"
-        )
+        plain = "a dict of names to plain JSON values (lists, not tuples)"
+        raise ValueError(f"router_options={options!r} must be {plain}")
     return copy

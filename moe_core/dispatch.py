@@ -9,21 +9,19 @@ from .routing import Routing
 
 
 class DispatchPlan:
-    """The order in which tokens visit the experts.
+    """The order in which tokens visit the experts: every kept slot becomes one row.
 
-    Every kept slot becomes one row; rows of an expert stand together, in the order of the batch, so
-    that E small matmuls become one grouped one.
-
-    How many slots are kept is a value; a GPU must be synchronised with to know it. A static plan
-    does not ask: it has a row for every slot, A = T*K. Rows of slots that are not kept are zeros,
-    stand at the end, count to the last expert, and have weight 0. (Where a parameter of the last
-    expert is not finite, those tokens are not either.)
+    Rows of an expert stand together, in the order of the batch, so that E small matmuls become one
+    grouped one. How many slots are kept is a value, which a GPU must be synchronised with to know.
+    A static plan does not ask: it has a row for every slot, A = T*K. Rows of slots that are not
+    kept are zeros, stand at the end, count to the last expert, and have weight 0. (Where a
+    parameter of the last expert is not finite, those tokens are not either.)
 
     Args:
         routing: what any router returned.
         n_experts: only the first so many experts have rows; None for all of them.
-        static: make a static plan. None: for routings that keep most of their slots, on any device
-            but the CPU and under torch.compile.
+        static: None: for routings that keep most of their slots, on any device but the CPU and
+            under torch.compile.
 
     Attributes:
         slot_A: (A,) int64, the flat slot (token * K + k) of each row.
@@ -46,20 +44,20 @@ class DispatchPlan:
             mask_S, E, everything = mask_S & (expert_S < n_experts), n_experts, False
             static = False if static is None else static  # perhaps most slots go elsewhere
         if static is None:  # with a slot for every expert (expert choice, ...) most have no row
-            static = self.top_k < E and (
-                mask_S.device.type != "cpu" or torch.compiler.is_compiling()
-            )
+            asking_costs = mask_S.device.type != "cpu" or torch.compiler.is_compiling()
+            static = self.top_k < E and asking_costs
         # Slots that are not kept sort to the very end, behind the last expert.
         expert_S = torch.where(mask_S, expert_S, E)
-        self.slot_A = torch.argsort(expert_S, stable=True)
+        self.slot_A = torch.argsort(expert_S, stable=True)  # stable: the batch's order in an expert
         counts = expert_S.new_zeros(E + 1).scatter_add_(0, expert_S, torch.ones_like(expert_S))
         self.counts_E = self.kept_E = counts[:E]
         self.starts_T = self.real_A = None
         if static and not everything:
             self.real_A = mask_S[self.slot_A]
+            # The counts must add up to A: the rows at the end go to the last expert.
             self.counts_E = torch.cat([counts[: E - 1], counts[E - 1 :].sum(0, keepdim=True)])
         elif not everything:
-            self.slot_A = self.slot_A[: int(mask_S.sum())]
+            self.slot_A = self.slot_A[: int(mask_S.sum())]  # synchronises with a GPU
         row_of_slot_S = torch.empty_like(expert_S)
         row_of_slot_S[self.slot_A] = torch.arange(len(self.slot_A), device=mask_S.device)
         if static or everything:
@@ -75,10 +73,7 @@ class DispatchPlan:
         return self.slot_A // self.top_k
 
     def gather(self, x: Tensor, input_weights: Tensor | None = None) -> Tensor:
-        """(B, N, D) -> rows (A, D): a copy of the token for each of its kept slots.
-
-        Times the slot's weight, where ``input_weights`` (B, N, K) are given.
-        """
+        """(B, N, D) -> rows (A, D): each kept slot's token, times ``input_weights`` (B, N, K)."""
         rows_AD = _Gather.apply(x.reshape(self.n_tokens, x.shape[-1]), self)
         if input_weights is None:
             return rows_AD
@@ -90,8 +85,7 @@ class DispatchPlan:
 
         .. math:: y_t = \sum_k w_{t,k} \, \text{row}(t, k)
 
-        A slot without a row adds exactly 0. The sum runs in the dtype of the weights (float32 or
-        higher), in the order of the slots.
+        A slot without a row adds exactly 0. Sums in the weights' dtype, in the order of the slots.
         """
         weights_TK = expert_weights.reshape(self.n_tokens, self.top_k)
         y_TD = _Combine.apply(rows_AD, weights_TK, self)
@@ -101,9 +95,9 @@ class DispatchPlan:
         """The weights in the order of ``bags``; 0 for a static plan's rows without a kept slot."""
         if self.starts_T is not None:
             return weights_TK.flatten()[self.slot_A[self.bags]]
-        return (
-            weights_TK.contiguous() if self.real_A is None else weights_TK * self.real_A[self.bags]
-        )
+        if self.real_A is None:
+            return weights_TK.contiguous()
+        return weights_TK * self.real_A[self.bags]
 
 
 # Gathering copies a token to its rows, so its backward adds the rows up; combining adds rows up, so
@@ -120,6 +114,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_AD: Tensor):
+        # Adding K rows up in bfloat16 would round K times.
         wide = torch.promote_types(grad_AD.dtype, torch.float32)
         return _sum_bags(grad_AD.to(wide), ctx.plan, None).to(grad_AD.dtype), None
 
@@ -152,11 +147,10 @@ def _copy(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
 
 
 def _sum_bags(rows_AD: Tensor, plan: DispatchPlan, weights: Tensor | None) -> Tensor:
-    """(T, D): the rows of each bag, weighted, added up in its order, without making (T, K, D)."""
-    n_bags = len(plan.bags) if plan.starts_T is None else len(plan.starts_T)
+    bags, starts_T = plan.bags, plan.starts_T
+    n_bags = len(bags) if starts_T is None else len(starts_T)
     if len(rows_AD) == 0 or n_bags == 0:
         return rows_AD.new_zeros(n_bags, rows_AD.shape[-1])
+    # A bag's weighted sum in one operation, which never makes the table (T, K, D).
     rows_AD = rows_AD.contiguous()
-    return F.embedding_bag(
-        plan.bags, rows_AD, plan.starts_T, mode="sum", per_sample_weights=weights
-    )
+    return F.embedding_bag(bags, rows_AD, starts_T, mode="sum", per_sample_weights=weights)

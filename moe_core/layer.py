@@ -13,18 +13,7 @@ class MixtureOfExperts(nn.Module):
 
     .. math:: y_t = \sum_{k} w_{t,k} \, f_{e_{t,k}}(x_t) \; [+ (1 + w^{over}_t) f_{shared}(x_t)]
 
-    w^over is the weight of the token's slots over capacity where the ``CapacityRule`` hands it to
-    the shared expert, else 0.
-
-    Args:
-        config: an ``MoEConfig``.
-        shard: which of the experts live here, see ``Experts``; None for all of them.
-
-    Attributes:
-        router: returns a ``Routing``.
-        experts: an ``Experts``.
-        shared_experts: a ``SharedExperts``, or None.
-        zero_computation_experts: for routers that send tokens there, or None.
+    w^over is ``Routing.overflow_weight``. ``shard`` says which of the experts live here, None: all.
     """
 
     def __init__(self, config: MoEConfig, shard: ExpertShard | None = None):
@@ -33,43 +22,28 @@ class MixtureOfExperts(nn.Module):
         self.router = config.build_router()
         sizes, mlp = (config.d_model, config.d_ff, config.n_experts), config.mlp_options()
         parallel = {} if shard is None else {"shard": shard, "ep_size": shard.placement.n_ranks}
-        self.experts = Experts(
-            *sizes,
-            drop_path=config.drop_path,
-            backend=config.backend,
-            n_routed=self.router.n_experts,
-            **parallel,
-            **mlp,
-        )
+        bank = {"drop_path": config.drop_path, "backend": config.backend, **parallel, **mlp}
+        self.experts = Experts(*sizes, n_routed=self.router.n_experts, **bank)
         self.zero_computation_experts = self.shared_experts = None
         if self.router.cheap_experts is not None:
             cheap = ZeroComputationExperts(config.d_model, *self.router.cheap_experts)
             self.zero_computation_experts = cheap
         if config.n_shared_experts:
-            self.shared_experts = SharedExperts(
-                config.d_model,
-                config.shared_d_ff or config.d_ff,
-                config.n_shared_experts,
-                gated=config.shared_gate,
-                combine=config.shared_combine,
-                **mlp,
-            )
+            sizes = config.d_model, config.shared_d_ff or config.d_ff, config.n_shared_experts
+            how = {"gated": config.shared_gate, "combine": config.shared_combine}
+            self.shared_experts = SharedExperts(*sizes, **how, **mlp)
 
     def forward(
         self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None
     ) -> tuple[Tensor, Routing]:
-        """Route, compute, combine.
+        """Route, compute, combine: y (B, N, D) in x's dtype, without a residual, and the Routing.
 
         Args:
             x: (B, N, D) tokens.
             padding_mask: (B, N) bool, True for real tokens; None when all are real.
             token_ids: (B, N) int64, for the routers that read them (hash routing).
 
-        Returns:
-            y (B, N, D) in x's dtype, without the residual connection, and the ``Routing``.
-
-        Raises:
-            ValueError: a shape does not fit, or the router needs token_ids and there are none.
+        Raises ValueError where a shape does not fit, or the router needs token_ids and has none.
         """
         routing = self.router(x, padding_mask, token_ids)
         y = self.experts(x, routing)

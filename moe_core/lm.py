@@ -1,7 +1,8 @@
-"""A small decoder-only transformer whose feed-forward layer is dense or a Mixture-of-Experts; nothing else differs."""
+"""A small decoder-only transformer whose feed-forward layer is dense or a Mixture-of-Experts."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +19,13 @@ from .validate import boolean, one_of, whole
 
 @dataclass(frozen=True)
 class LMConfig:
-    """A language model in numbers.
+    """A language model in numbers; give exactly one of ``d_ff`` and ``moe``, else ValueError.
 
     Attributes:
         vocab_size: 256 when tokens are bytes.
-        d_model, n_layers, n_heads, max_seq_len: D, layers, attention heads, and the longest sequence.
-        d_ff: width of the dense feed-forward layer; ignored by layers that are MoE, so give one of ``d_ff`` and ``moe``.
-        activation, glu: of the dense layer, see ``FeedForward``.
+        d_model, n_layers, n_heads, max_seq_len: D, layers, attention heads, longest sequence.
+        d_ff, activation, glu: of the dense feed-forward layer, see ``FeedForward``.
         moe: config of the MoE layers (their d_model must be this one), or None for a dense model.
-
-    Raises:
-        ValueError: a value is out of range, or not exactly one of d_ff and moe is given.
     """
 
     vocab_size: int = 256
@@ -42,18 +39,11 @@ class LMConfig:
     moe: MoEConfig | None = None
 
     def __post_init__(self):
-        whole(
-            1,
-            vocab_size=self.vocab_size,
-            d_model=self.d_model,
-            n_layers=self.n_layers,
-            n_heads=self.n_heads,
-            max_seq_len=self.max_seq_len,
-        )
-        if self.d_model % (2 * self.n_heads):
-            raise ValueError(
-                f"d_model={self.d_model} must be a multiple of 2 * n_heads={2 * self.n_heads}"
-            )
+        for size in ("vocab_size", "d_model", "n_layers", "n_heads", "max_seq_len"):
+            whole(1, **{size: getattr(self, size)})
+        twice = 2 * self.n_heads  # rotary positions turn the numbers of a head in pairs
+        if self.d_model % twice:
+            raise ValueError(f"d_model={self.d_model} must be a multiple of 2 * n_heads={twice}")
         one_of(ACTIVATIONS, activation=self.activation)
         boolean(glu=self.glu)
         if (self.d_ff is None) == (self.moe is None):
@@ -64,24 +54,23 @@ class LMConfig:
             raise ValueError(f"moe.d_model={self.moe.d_model} must equal d_model={self.d_model}")
 
     def dense_twin(self) -> "LMConfig":
-        """The dense model whose feed-forward layer costs what a token's experts cost: F_dense = (K + shared) * F.
+        """The dense model that multiplies what a token's experts do: F_dense = (K + shared) * F.
 
-        What an MoE layer multiplies beyond that, per token: D*E in the router, and K*D to weight and add the experts' outputs.
-        Experts without computation count like the others: K is then the most that a token may cost.
-
-        Raises:
-            ValueError: the model is dense already, or its experts have what the dense layer has not (biases, clamps, dropout).
+        An MoE layer multiplies besides, per token, D*E in the router, and K*D to weight and add the
+        outputs. Raises ValueError where the model is dense, or its experts have what a dense layer
+        here has not (biases, clamps, dropout).
         """
         if self.moe is None:
             raise ValueError("moe=None: the model is dense already")
         moe = self.moe
         if (moe.bias, moe.glu_limit, moe.up_offset, moe.dropout) != (False, None, 0.0, 0.0):
             raise ValueError(
-                "bias, glu_limit, up_offset and dropout of moe must be off: the dense layer of an LMConfig has none of them"
+                "bias, glu_limit, up_offset and dropout of moe must be off: "
+                "the dense layer of an LMConfig has none of them"
             )
-        d_ff = round(
-            moe.top_k * moe.d_ff + moe.n_shared_experts * (moe.shared_d_ff or moe.d_ff)
-        )  # a mean K may be a fraction
+        # Experts without computation count like the others: K is then the most a token may cost.
+        routed, shared = moe.top_k * moe.d_ff, moe.n_shared_experts * (moe.shared_d_ff or moe.d_ff)
+        d_ff = round(routed + shared)  # a mean K may be a fraction
         return replace(self, moe=None, d_ff=d_ff, activation=moe.activation, glu=moe.glu)
 
     def to_dict(self) -> dict:
@@ -94,8 +83,9 @@ class LMConfig:
         unknown = sorted(set(values) - {f.name for f in fields(cls)})
         if unknown:
             raise ValueError(f"unknown keys in LMConfig: {', '.join(unknown)}")
-        moe = values.get("moe")
-        return cls(**{**values, "moe": MoEConfig.from_dict(moe) if isinstance(moe, dict) else moe})
+        if isinstance(values.get("moe"), dict):
+            values = {**values, "moe": MoEConfig.from_dict(values["moe"])}
+        return cls(**values)
 
 
 class CausalAttention(nn.Module):
@@ -107,9 +97,9 @@ class CausalAttention(nn.Module):
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
         half = d_model // n_heads // 2
-        angle = torch.outer(
-            torch.arange(max_seq_len).float(), 10000.0 ** (-torch.arange(half).float() / half)
-        )
+        frequency = 10000.0 ** (-torch.arange(half).float() / half)
+        angle = torch.outer(torch.arange(max_seq_len).float(), frequency)
+        # Not persistent: a checkpoint then fits a model with another max_seq_len.
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
@@ -122,9 +112,8 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D); position n sees positions 0..n."""
         B, N, D = x.shape
-        q, k, v = (
-            self.qkv_proj(x).view(B, N, 3, self.n_heads, D // self.n_heads).permute(2, 0, 3, 1, 4)
-        )
+        heads = self.qkv_proj(x).view(B, N, 3, self.n_heads, D // self.n_heads)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
         y = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
         return self.out_proj(y.transpose(1, 2).reshape(B, N, D))
 
@@ -138,9 +127,8 @@ class Block(nn.Module):
         self.attention = CausalAttention(config.d_model, config.n_heads, config.max_seq_len)
         self.feed_forward_norm = nn.RMSNorm(config.d_model)
         if config.moe is None:
-            self.feed_forward = FeedForward(
-                config.d_model, config.d_ff, activation=config.activation, glu=config.glu
-            )
+            act = {"activation": config.activation, "glu": config.glu}
+            self.feed_forward = FeedForward(config.d_model, config.d_ff, **act)
         else:
             self.feed_forward = MixtureOfExperts(config.moe, shard)
 
@@ -159,68 +147,50 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """Decoder-only transformer with tied embeddings.
 
-    Args:
-        config: an ``LMConfig``; ``config.dense_twin()`` is the dense model to compare an MoE with.
-        shards: for each layer which of its experts live here, see ``Experts``; None for all of them.
+    ``shards`` says for each layer which of its experts live here, see ``Experts``; None: all.
     """
 
     def __init__(self, config: LMConfig, shards: Sequence[ExpertShard] | None = None):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(
-            Block(config, shard) for shard in shards or [None] * config.n_layers
-        )
+        shards = shards or [None] * config.n_layers
+        self.blocks = nn.ModuleList(Block(config, shard) for shard in shards)
         self.norm = nn.RMSNorm(config.d_model)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal with std 0.02; what writes to the residual stream is scaled by 1/sqrt(2 * n_layers) (GPT-2).
-
-        A router that prescribes its own start (noisy top-k: zeros) keeps it.
-        """
-        prescribed = {
-            id(weight)
-            for router in self.modules()
-            if isinstance(router, Router) and router.prescribes_start
-            for weight in router.parameters()
-        }
-        banks = {
-            id(parameter): bank
-            for bank in self.modules()
-            if isinstance(bank, Experts)
-            for parameter in bank.parameters()
-        }
+        """Normal with std 0.02; a router that prescribes its own start (noisy top-k) keeps it."""
+        prescribed, banks = set(), {}
+        for module in self.modules():
+            if isinstance(module, Router) and module.prescribes_start:
+                prescribed.update(map(id, module.parameters()))
+            elif isinstance(module, Experts):
+                banks.update((id(parameter), module) for parameter in module.parameters())
         for name, parameter in self.named_parameters():
-            if parameter.ndim > 1 and id(parameter) not in prescribed:
-                writes = name.endswith(("out_proj.weight", "down_proj", "down_proj.weight"))
-                std = 0.02 / ((2 * self.config.n_layers) ** 0.5 if writes else 1)
-                if id(parameter) in banks:
-                    banks[id(parameter)].draw(
-                        parameter, lambda expert: nn.init.normal_(expert, std=std)
-                    )
-                else:
-                    nn.init.normal_(parameter, std=std)
+            if parameter.ndim < 2 or id(parameter) in prescribed:
+                continue
+            # GPT-2: 2 * n_layers outputs add up in the residual stream, which should not grow.
+            writes = name.endswith(("out_proj.weight", "down_proj", "down_proj.weight"))
+            normal = partial(nn.init.normal_, std=0.02)
+            if writes:
+                normal = partial(nn.init.normal_, std=0.02 / (2 * self.config.n_layers) ** 0.5)
+            if id(parameter) in banks:  # the bank draws other ranks' experts, too
+                banks[id(parameter)].draw(parameter, normal)
+            else:
+                normal(parameter)
 
     def forward(
         self, tokens_BN: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, list[Routing]]:
-        """Predict the next token at every position.
+        """Logits (B, N, vocab_size) of the next token, and one Routing for each MoE layer.
 
-        Args:
-            tokens_BN: (B, N) int64, N <= max_seq_len.
-            padding_mask: (B, N) bool, True for real tokens, handed to the routers.
-
-        Returns:
-            logits (B, N, vocab_size), and one Routing for each MoE layer (an empty list for a dense model).
-
-        Raises:
-            ValueError: the sequence is longer than max_seq_len.
+        padding_mask (B, N) is True for real tokens and goes to the routers. Raises ValueError where
+        the sequence is longer than max_seq_len.
         """
-        if tokens_BN.shape[-1] > self.config.max_seq_len:
-            raise ValueError(
-                f"sequence length {tokens_BN.shape[-1]} must be at most max_seq_len={self.config.max_seq_len}"
-            )
+        length, longest = tokens_BN.shape[-1], self.config.max_seq_len
+        if length > longest:
+            raise ValueError(f"sequence length {length} must be at most max_seq_len={longest}")
         x, routings = self.embedding(tokens_BN), []
         for block in self.blocks:
             x, routing = block(x, padding_mask, tokens_BN)
@@ -229,25 +199,16 @@ class LanguageModel(nn.Module):
         return F.linear(self.norm(x), self.embedding.weight), routings
 
     def update_routers(self, routings: Sequence[Sequence[Routing]]) -> None:
-        """Let every router learn what it learns outside the gradient; once after each optimiser step.
-
-        Args:
-            routings: what ``forward`` returned, for each micro-batch of the step: ``routings[micro_batch][layer]``.
-        """
-        layers = [
-            block.feed_forward
-            for block in self.blocks
-            if isinstance(block.feed_forward, MixtureOfExperts)
-        ]
-        for layer, of_layer in zip(layers, zip(*routings)):
-            layer.router.update(of_layer)
+        """``Router.update`` of each layer, once per optimiser step, of routings[batch][layer]."""
+        layers = [block.feed_forward for block in self.blocks]
+        routers = [layer.router for layer in layers if isinstance(layer, MixtureOfExperts)]
+        for router, of_layer in zip(routers, zip(*routings)):
+            router.update(of_layer)
 
 
 def next_token_loss(logits_BNV: Tensor, tokens_BN: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of predicting token n+1 from the logits at position n.
-
-    The shift by one happens here: give the tokens that went into the model. Scalar, float32; needs N >= 2.
-    """
+    """Mean cross-entropy in nats, float32, of predicting token n+1 from the logits at n; N >= 2."""
+    # The shift by one happens here: the caller gives the tokens that went into the model.
     return F.cross_entropy(logits_BNV[:, :-1].flatten(0, 1).float(), tokens_BN[:, 1:].flatten())
 
 
@@ -259,14 +220,9 @@ def train_step(
     *,
     max_grad_norm: float = 1.0,
 ) -> tuple[Tensor, list[Routing]]:
-    """One optimiser step on one batch: loss plus auxiliary losses, backward, clip, step, and the routers' own update.
+    """One optimiser step on one batch; gradients are scaled down to max_grad_norm over the model.
 
-    Args:
-        tokens_BN, padding_mask: as ``LanguageModel.forward`` takes them.
-        max_grad_norm: the gradients are scaled down to this norm over the whole model.
-
-    Returns:
-        The cross-entropy of the batch, without auxiliary losses and without graph, and one Routing for each MoE layer.
+    The batch's cross-entropy, without auxiliary losses and without graph, and the routings.
     """
     logits_BNV, routings = model(tokens_BN, padding_mask)
     loss = next_token_loss(logits_BNV, tokens_BN)
@@ -274,5 +230,5 @@ def train_step(
     (loss + sum(routing.aux_loss for routing in routings)).backward()
     nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
-    model.update_routers([routings])
+    model.update_routers([routings])  # after the step: this step's routes came from the old state
     return loss.detach(), routings

@@ -1,8 +1,8 @@
 """What a routing looks like: load, balance, entropy, drops, and how it differs from another one.
 
-Pure functions of a Routing. Where it makes sense they also take several (the micro-batches of a step, say) and pool their
-tokens: balance over a step is not the mean of the balances of its parts. None carries a gradient; all but ``summary`` leave their
-answer on the device.
+Functions of one Routing, or of several (a step's micro-batches), whose tokens they pool: balance
+over a step is not the mean of its parts' balances. None has a gradient; all but ``summary`` leave
+their answer on the device. All raise ValueError where there is no routing, or E differs.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Routings = Routing | Sequence[Routing]
 
 
 def load(routings: Routings) -> Tensor:
-    """(E,) int64: slots each expert was asked for, before capacity. Raises ValueError when there is no routing, or E differs."""
+    """(E,) int64: slots each expert was asked for, before capacity."""
     return torch.stack([routing.slots_per_expert() for routing in _several(routings)]).sum(0)
 
 
@@ -28,46 +28,41 @@ def load_share(routings: Routings) -> Tensor:
 
 
 def max_violation(routings: Routings) -> Tensor:
-    r"""MaxVio: by how much the most loaded expert exceeds the mean.
+    r"""MaxVio: by how much the most loaded expert exceeds the mean; 0 at perfect balance.
 
-    .. math:: \mathrm{MaxVio} = \frac{\max_e \text{load}_e - \overline{\text{load}}}{\overline{\text{load}}}
+    .. math:: \mathrm{MaxVio} = \max_e \text{load}_e \big/ \overline{\text{load}} - 1
 
-    Scalar: 0 at perfect balance, E - 1 when every slot goes to one expert; loads [4, 2, 1, 1] give 1. 0 without any slot.
-    One routing gives MaxVio of a batch, many give MaxVio global. Source: Wang et al. 2024 (arXiv 2408.15664), eq. 4.
+    E - 1 when every slot goes to one expert; loads [4, 2, 1, 1] give 1. One routing gives the
+    MaxVio of a batch, many MaxVio global. Source: Wang et al. 2024 (arXiv 2408.15664), eq. 4.
     """
     share_E = load_share(routings)
     return (share_E.max() * len(share_E) - 1).clamp(min=0)
 
 
 def coefficient_of_variation(routings: Routings) -> Tensor:
-    r"""Standard deviation of the load over its mean, with the population's variance.
-
-    Scalar: 0 at perfect balance; loads [4, 2, 1, 1] give the root of 0.375. 0 without any slot.
-    """
+    """The load's standard deviation over its mean: [4, 2, 1, 1] gives the root of 0.375."""
     share_E = load_share(routings)
+    # The population's standard deviation, as in losses.cv_squared; 0 and not NaN without a slot.
     return share_E.std(correction=0) / share_E.mean().clamp(min=torch.finfo(share_E.dtype).tiny)
 
 
 def load_entropy(routings: Routings) -> Tensor:
-    """Entropy in nats of the load: ln E at perfect balance, 0 when one expert gets everything. A scalar."""
+    """Entropy in nats of the load: ln E at perfect balance, 0 when one expert gets everything."""
     return torch.special.entr(load_share(routings)).sum()
 
 
 def router_entropy(routings: Routings) -> Tensor:
-    r"""How undecided the router is about one token: the mean over real tokens of the entropy of its scores, in nats.
+    r"""How undecided the router is about one token: the mean entropy of its scores, in nats.
 
     .. math:: \frac{1}{T} \sum_t -\sum_e p_{t,e} \ln p_{t,e}, \quad p_t = s_t \Big/ \sum_e s_{t,e}
 
-    Scalar between 0 and ln E. It does not measure balance: a router can be undecided about every token and send them all to
-    one expert. Scores that are not probabilities (sigmoid, ReLU) are divided by their sum; a token without any score counts 0.
-
-    Raises:
-        ValueError: there is no routing.
+    Not a measure of balance: a router can be undecided about every token and send them all to one
+    expert. A token without any score counts 0.
     """
     total, n_tokens = 0.0, 0
     for routing in _several(routings):
         scores_BNE = routing.scores.detach().double().clamp(min=0)
-        sum_BN1 = scores_BNE.sum(-1, keepdim=True)
+        sum_BN1 = scores_BNE.sum(-1, keepdim=True)  # sigmoid and ReLU scores do not sum to 1
         entropy_BN = torch.special.entr(scores_BNE / torch.where(sum_BN1 > 0, sum_BN1, 1)).sum(-1)
         total = total + entropy_BN.masked_fill(~routing.real_tokens, 0).sum()
         n_tokens = n_tokens + routing.real_tokens.sum()
@@ -75,42 +70,34 @@ def router_entropy(routings: Routings) -> Tensor:
 
 
 def dead_experts(routings: Routings, share: float = 0.0) -> Tensor:
-    """(E,) bool: experts whose share of the load is at most ``share``; 0 asks for those that got nothing at all.
-
-    Raises:
-        ValueError: share is negative.
-    """
+    """(E,) bool: experts whose share of the load is at most ``share``, not negative."""
     at_least(0, share=share)
     return load_share(routings) <= share
 
 
 def drop_rate(routings: Routings) -> Tensor:
-    """Share of the slots asked for that found no room, a scalar; 0 when nothing was asked for."""
+    """Share of the slots asked for that found no room; 0 when nothing was asked for."""
     asked = load(routings).sum()
     kept = torch.stack([routing.tokens_per_expert for routing in _several(routings)]).sum()
     return (asked - kept).double() / asked.clamp(min=1)
 
 
 def flipped_tokens(before: Routing, after: Routing, *, kept: bool = False) -> Tensor:
-    """(B, N) bool: real tokens whose set of experts differs between two routings; the order of slots does not matter.
+    """(B, N) bool: real tokens whose set of experts differs between two routings.
 
-    Args:
-        before, after: of the same tokens, from two checkpoints, two precisions, two batches, ... K may differ.
-        kept: compare the experts the token got, after capacity, instead of those it asked for.
-
-    Raises:
-        ValueError: the routings are of different tokens or numbers of experts.
+    Of the same tokens, from two checkpoints, two precisions, ...; K may differ. ``kept`` compares
+    the experts the token got, not those it asked for. Raises ValueError where B, N or E differ.
     """
     if before.scores.shape != after.scores.shape:
-        raise ValueError(
-            f"routings of {tuple(before.scores.shape)} and {tuple(after.scores.shape)} (B, N, E) cannot be compared"
-        )
+        one, other = tuple(before.scores.shape), tuple(after.scores.shape)
+        raise ValueError(f"routings of {one} and {other} (B, N, E) cannot be compared")
+    # Sets, not lists: which slot an expert stands in makes no difference to the output.
     differs_BN = (expert_sets(before, kept=kept) != expert_sets(after, kept=kept)).any(-1)
     return differs_BN & before.real_tokens & after.real_tokens
 
 
 def route_flips(before: Routing, after: Routing, *, kept: bool = False) -> Tensor:
-    """The share of real tokens for which ``flipped_tokens`` is True, a scalar; 0 when there is no real token."""
+    """The share of real tokens for which ``flipped_tokens`` is True; 0 without a real token."""
     real_BN = before.real_tokens & after.real_tokens
     return flipped_tokens(before, after, kept=kept).sum() / real_BN.sum().clamp(min=1)
 
@@ -122,11 +109,10 @@ def expert_sets(routing: Routing, *, kept: bool = False) -> Tensor:
 
 
 def summary(routings: Routings) -> dict[str, float]:
-    """The scalars of this file by name, and how many experts are dead; plain numbers, so a GPU is waited for."""
+    """The scalars of this file by name, as plain numbers, which synchronises with a GPU."""
     scalars = max_violation, coefficient_of_variation, load_entropy, router_entropy, drop_rate
-    return {f.__name__: float(f(routings)) for f in scalars} | {
-        "dead_experts": int(dead_experts(routings).sum())
-    }
+    named = {f.__name__: float(f(routings)) for f in scalars}
+    return named | {"dead_experts": int(dead_experts(routings).sum())}
 
 
 def _several(routings: Routings) -> Sequence[Routing]:

@@ -17,30 +17,24 @@ def n_ranks() -> int:
 def sum_over_ranks(x: Tensor) -> Tensor:
     """The sum over all ranks, the same on each, in a new tensor without gradient.
 
-    Every rank must call it with the same shape and dtype. int64 counts are summed exactly.
+    Every rank must call it with the same shape and dtype.
     """
     total = x.detach().clone()
     if n_ranks() > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(total)  # exact for int64 counts, in any order of the ranks
     return total
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
-    """The mean over all ranks of a floating-point tensor; otherwise as ``sum_over_ranks``.
-
-    Raises:
-        ValueError: x holds integers, whose mean is no integer.
-    """
+    """The mean over all ranks; raises ValueError for integers, whose mean is no integer."""
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}, must be floating point: use sum_over_ranks")
     return sum_over_ranks(x) / n_ranks()
 
 
 def load_over_ranks(routings: Sequence[Routing], like_E: Tensor) -> Tensor:
-    """(E,) int64: selected slots per expert, over these micro-batches and all ranks.
-
-    ``like_E`` gives E and the device, for a step without micro-batches.
-    """
+    """(E,) int64: the load over these micro-batches and all ranks."""
+    # like_E gives E and the device to a rank that has no micro-batch: it must still call the sum.
     counts_E = torch.zeros_like(like_E, dtype=torch.int64)
     for routing in routings:
         counts_E += routing.slots_per_expert()

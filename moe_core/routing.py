@@ -1,8 +1,4 @@
-"""Routing: the one object that leaves a router, and its contract.
-
-Everything downstream (dispatch, losses, metrics, figures) reads only this. Routers in which a token
-may take any number of experts use K = E slots and mask the ones they do not take.
-"""
+"""Routing: the one object that leaves a router, and its contract."""
 
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -19,12 +15,15 @@ class DropReason(IntEnum):
     KEPT = 0
     OVER_CAPACITY = 1
     PADDING = 2
-    NOT_SELECTED = 3  # routers with K = E slots: this token never asked for this expert
+    NOT_SELECTED = 3  # this token never asked for this expert
 
 
 @dataclass(frozen=True, eq=False)
 class Routing:
     """Which expert each slot of each token goes to, with which weight, and whether it got in.
+
+    A slot is a pair (token, k). Routers in which a token may take any number of experts use K = E
+    slots and mask the ones they do not take. With float64 input the float fields are float64.
 
     Attributes:
         expert_indices: (B, N, K) int64, the expert each slot goes to.
@@ -40,8 +39,6 @@ class Routing:
         weights_on: a weight multiplies the expert's "output", w f(x), or its "input", f(w x).
         capacity_scope: the capacity counts over the whole "batch", or within each "sequence".
         overflow: "drop" a slot over capacity, or hand its weight to the "shared" expert.
-
-    With float64 input the float fields are float64.
     """
 
     expert_indices: Tensor
@@ -65,7 +62,6 @@ class Routing:
 
     @property
     def top_k(self) -> int:
-        """K, the slots of a token."""
         return self.expert_indices.shape[-1]
 
     @property
@@ -106,29 +102,24 @@ class Routing:
 
     @property
     def overflow_weight(self) -> Tensor:
-        """(B, N): the weight of each token's slots over capacity; 0 where overflow is dropped.
-
-        A layer adds overflow_weight * shared(x). Carries gradient: a dropped slot teaches too.
-        """
+        """(B, N): the summed weight of slots over capacity where overflow is "shared", else 0."""
         over_BNK = self.drop_reason == DropReason.OVER_CAPACITY.value
         if self.overflow == "drop":
             over_BNK = torch.zeros_like(over_BNK)
+        # With its gradient: the router learns from a slot that the shared expert took over, too.
         return self.expert_weights.masked_fill(~over_BNK, 0).sum(-1)
 
     def slots_per_expert(self, scope: str = "batch") -> Tensor:
-        """The load: selected slots per expert, before capacity, (E,) int64; (B, E) by "sequence"."""
+        """The load (E,) int64: selected slots per expert, before capacity; (B, E) by "sequence"."""
         return _pool(self._count(self.selected_mask), scope)
 
     def slot_share(self, scope: str = "batch") -> Tensor:
-        """f_e, the share of selected slots that chose expert e; sums to 1 over experts.
-
-        (E,) with scope="batch", which pools all tokens; (B, E) with scope="sequence".
-        """
+        """f_e, the share of selected slots that chose expert e: (E,), or (B, E) by "sequence"."""
         counts = self.slots_per_expert(scope).to(self.scores.dtype)
         return counts / counts.sum(-1, keepdim=True).clamp(min=1)
 
     def mean_score(self, scope: str = "batch") -> Tensor:
-        """P_e, the mean score of expert e over real tokens; carries gradient. Scope as above."""
+        """P_e, the mean score of e over real tokens, with gradient; shaped as ``slot_share``."""
         real_BN = self.real_tokens.to(self.scores.dtype)
         # A product and a sum, no matmul: autocast would run that in bfloat16.
         total_BE = (self.scores * real_BN.unsqueeze(-1)).sum(1)
@@ -137,7 +128,7 @@ class Routing:
     def by_expert(self, values_BNK: Tensor) -> Tensor:
         """(B, N, K) -> (B, N, E): a slot's value at its expert, 0 where a token has no slot."""
         zeros_BNE = values_BNK.new_zeros(self.scores.shape)
-        # A token has at most one slot per expert, so each entry is written once: same bits anywhere.
+        # A token has at most one slot per expert: each entry is written once, with the same bits.
         return zeros_BNE.scatter_add(-1, self.expert_indices, values_BNK)
 
     def with_losses(self, **losses: Tensor) -> "Routing":
@@ -145,7 +136,7 @@ class Routing:
         return replace(self, losses={**self.losses, **losses})
 
     def check(self) -> "Routing":
-        """Return the routing itself, or raise ValueError where it breaks its contract.
+        """Return the routing itself; raises ValueError where it breaks its contract.
 
         For tests and debugging: it reads tensor values, which synchronises with a GPU.
         """
@@ -196,6 +187,7 @@ class Routing:
             _require(most <= self.capacity, message)
         if self.normalized:
             off = (self.expert_weights.sum(-1) - 1).abs()[real_BN]
+            # Loose enough for a float32 sum of K terms and a norm_eps of up to 1e-6.
             _require(bool((off < 1e-5).all()), "expert_weights of a token must sum to 1")
         for name, loss in self.losses.items():
             finite = loss.ndim == 0 and bool(loss.isfinite())

@@ -1,7 +1,4 @@
-"""How many places each expert has: the formulas by name, as the libraries compute them.
-
-Each takes T tokens, K, E and the capacity factor and returns C.
-"""
+"""How many places each expert has: C from T, K, E and the factor, as the libraries compute it."""
 
 import ctypes
 import math
@@ -12,16 +9,17 @@ from ..validate import at_least, one_of, whole
 
 
 def exact(n_tokens: int, top_k: int, n_experts: int, factor: float | tuple[int, int]) -> int:
-    r""":math:`\lceil T K / E \cdot c_f \rceil`, the decimal taken as you write it: 100 * 1.1 is 110.
+    r""":math:`\lceil T K / E \cdot c_f \rceil`, the decimal as you write it: 100 * 1.1 is 110.
 
     Source: Fedus et al. 2021 (arXiv 2101.03961), eq. 3, with K as in Megatron-LM.
     """
+    # In whole numbers: no float can round up to one place more.
     numerator, denominator = factor if isinstance(factor, tuple) else as_written(factor)
     return -(-n_tokens * top_k * numerator // (n_experts * denominator))
 
 
 def as_written(factor: float) -> tuple[int, int]:
-    """The decimal as a fraction of whole numbers; where it is asked often, computed once."""
+    """The decimal as a fraction of whole numbers."""
     return Fraction(str(factor)).as_integer_ratio()
 
 
@@ -46,7 +44,7 @@ def megablocks(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
 
 
 def fairscale(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    r""":math:`\lfloor 2T/E \rfloor`, whatever factor and K: top-2 only. fairscale ``top2gating``."""
+    r""":math:`\lfloor 2T/E \rfloor` whatever factor and K: top-2. fairscale ``top2gating``."""
     return 2 * n_tokens // n_experts
 
 
@@ -67,7 +65,7 @@ def st_moe(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
 
 
 def hf_switch(n_tokens: int, top_k: int, n_experts: int, factor: float) -> int:
-    """64, whatever the shapes, of each sequence (scope="sequence"). ``SwitchTransformersConfig``."""
+    """64 whatever the shapes, for scope="sequence". ``SwitchTransformersConfig``."""
     return 64
 
 
@@ -107,8 +105,7 @@ def expert_capacity(
         min_capacity: never fewer places than this; None takes the library's own floor.
         largest_load: the slots of the busiest expert, where capacity_factor=0 means as many.
 
-    Raises:
-        ValueError: a number is out of range, the formula is unknown, or largest_load is missing.
+    Raises ValueError where a number or a name is out of range, or largest_load is missing.
     """
     whole(0, n_tokens=n_tokens)
     whole(1, top_k=top_k, n_experts=n_experts)
@@ -118,10 +115,8 @@ def expert_capacity(
     whole(0, min_capacity=floor)
     if capacity_factor == 0 and formula in ZERO_MEANS_LARGEST_LOAD:
         if largest_load is None:
-            raise ValueError(
-                f"capacity_factor=0 means the largest load with formula={formula!r}: "
-                "give largest_load"
-            )
+            means = f"capacity_factor=0 means the largest load with formula={formula!r}"
+            raise ValueError(f"{means}: give largest_load")
         whole(0, largest_load=largest_load)
         return max(largest_load, floor)
     return max(FORMULAS[formula](n_tokens, top_k, n_experts, capacity_factor), floor)

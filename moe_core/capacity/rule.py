@@ -1,4 +1,4 @@
-"""The rule of capacity: how many slots an expert may keep, who is turned away, what becomes of it."""
+"""The rule of capacity: how many slots an expert may keep, and what becomes of the others."""
 
 from dataclasses import dataclass, fields, replace
 
@@ -18,18 +18,13 @@ class CapacityRule:
         factor: places per slot at perfect balance, in training. None: dropless.
         eval_factor: the same in eval; "as in training", or None: dropless.
         expert_capacity: a fixed number of places instead, also in eval (unless eval_factor=None).
-        formula, min_capacity: see ``expert_capacity``; K is the number of slots. Tutel's and
-            MegaBlocks' factor 0 reads the loads, which synchronises with a GPU.
+        formula, min_capacity: see ``expert_capacity``; K is the number of slots.
         scope: "batch": one queue per expert and C from B*N tokens; "sequence": each sequence has
             its own queues, and C comes from its N tokens.
-        drop_policy: who is turned away, a name in ``DROP_POLICIES``. "random" is "position" in
-            eval: a model in eval gives the same answer twice.
-        overflow: "drop": a dropped slot adds nothing. "shared": its weight goes to the shared
-            expert, see ``Routing.overflow_weight``.
+        drop_policy: a name in ``DROP_POLICIES``; in eval "random" is "position".
+        overflow: "drop": a dropped slot adds nothing. "shared": the shared expert gets its weight.
 
-    Raises:
-        ValueError: a name is unknown, a number out of range, or a number is given twice.
-
+    Raises ValueError where a name is unknown, a number out of range, or given twice.
     Source of the two factors: Fedus et al. 2021, 1.25 in training and 2 in eval.
     """
 
@@ -93,25 +88,18 @@ class CapacityRule:
         return self.expert_capacity is None and self._factors[training] is None
 
     def apply(self, routing: Routing, *, training: bool) -> Routing:
-        """Drop the slots for which there is no room; they keep index and weight, as OVER_CAPACITY.
-
-        Slots that are not kept already do not queue.
-        """
+        """Drop the slots without room; they keep index and weight, and the reason OVER_CAPACITY."""
         if self.dropless(training):
             return routing
+        # A model in eval gives the same answer twice.
         policy = self.drop_policy if training or self.drop_policy != "random" else "position"
         capacity = self.places(routing, training)
         places_BNK = queue_places(routing, policy, self.scope)
         over_BNK = routing.capacity_mask & (places_BNK >= capacity)
-        return replace(
-            routing,
-            capacity=capacity,
-            capacity_scope=self.scope,
-            overflow=self.overflow,
-            dropless=False,
-            capacity_mask=routing.capacity_mask & ~over_BNK,
-            drop_reason=routing.drop_reason.masked_fill(over_BNK, DropReason.OVER_CAPACITY.value),
-        )
+        kept_BNK = routing.capacity_mask & ~over_BNK
+        reasons = routing.drop_reason.masked_fill(over_BNK, DropReason.OVER_CAPACITY.value)
+        rule = {"capacity": capacity, "capacity_scope": self.scope, "overflow": self.overflow}
+        return replace(routing, dropless=False, capacity_mask=kept_BNK, drop_reason=reasons, **rule)
 
     def places(self, routing: Routing, training: bool) -> int:
         """C for a routing of this shape, in a mode that is not dropless."""
@@ -121,7 +109,7 @@ class CapacityRule:
         factor, E = self._factors[training], routing.scores.shape[-1]
         floor = FLOORS[self.formula] if self.min_capacity is None else self.min_capacity
         if factor == 0 and self.formula in ZERO_MEANS_LARGEST_LOAD:
-            loads = routing.slots_per_expert(self.scope)
+            loads = routing.slots_per_expert(self.scope)  # its maximum synchronises with a GPU
             return max(int(loads.max()) if loads.numel() else 0, floor)
         n_tokens = N if self.scope == "sequence" else B * N
         return max(FORMULAS[self.formula](n_tokens, K, E, factor), floor)
@@ -134,13 +122,8 @@ def apply(
     expert_capacity: int | None = None,
     **rule,
 ) -> Routing:
-    """The routing after a ``CapacityRule``: a factor or ``expert_capacity``, and its other fields.
-
-    With ``expert_capacity`` the factor has no use.
-
-    Raises:
-        ValueError: a name is unknown or a number out of range. TypeError: there is no such field.
-    """
+    """The routing after a ``CapacityRule`` of these fields."""
+    # The factor has a default, so a fixed number of places takes precedence.
     factor = capacity_factor if expert_capacity is None else None
     rule = CapacityRule(factor, expert_capacity=expert_capacity, **rule)
     return rule.apply(routing, training=True)

@@ -46,8 +46,7 @@ class Activation:
         limit: L, or None for no clamp; only with glu. gpt-oss and DeepSeek-V4.
         up_offset: o; only with glu. 1 in gpt-oss.
 
-    Raises:
-        ValueError: the name is unknown, or a clamp or an offset is given without glu.
+    Raises ValueError where the name is unknown, or a clamp or an offset is given without glu.
     """
 
     name: str = "silu"
@@ -62,10 +61,8 @@ class Activation:
             at_least(0, glu_limit=self.limit)
         at_least(float("-1e30"), up_offset=self.up_offset)
         if not self.glu and (self.limit is not None or self.up_offset):
-            raise ValueError(
-                f"glu_limit={self.limit!r} and up_offset={self.up_offset!r} must be None and 0 "
-                "without glu"
-            )
+            given = f"glu_limit={self.limit!r} and up_offset={self.up_offset!r}"
+            raise ValueError(f"{given} must be None and 0 without glu")
 
     @classmethod
     @cache
@@ -82,21 +79,17 @@ class Activation:
         return act(gate) * (up + self.up_offset if self.up_offset else up)
 
     def pullback(self, grad: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient of ``projected`` (rows, 2F) from the output's (rows, F), and the output.
-
-        Overwrites ``grad``. Some rows at a time: what lies between stays in the cache, and there is
-        still enough of it for several threads.
-        """
+        """The gradient of ``projected`` from the output's, which it overwrites; and the output."""
         grad_projected, output = torch.empty_like(projected), torch.empty_like(grad)
+        # Some rows at a time: what lies between stays in the cache, and there is still enough of it
+        # for several threads.
         n_rows = max(1, 2**17 // grad.shape[-1])
         parts = (tensor.split(n_rows) for tensor in (grad, projected, grad_projected, output))
         for rows in zip(*parts):
             self._pullback(*rows)
         return grad_projected, output
 
-    def _pullback(
-        self, grad: Tensor, projected: Tensor, grad_projected: Tensor, output: Tensor
-    ) -> None:
+    def _pullback(self, grad: Tensor, projected: Tensor, grad_projected: Tensor, output: Tensor):
         act, act_pullback = ACTIVATIONS[self.name], PULLBACKS[self.name]
         if not self.glu:
             grad_projected.copy_(act_pullback(grad, projected))
@@ -109,7 +102,7 @@ class Activation:
         torch.mul(active, up, out=output)
         torch.mul(grad, active, out=grad_up)
         grad_gate.copy_(act_pullback(grad.mul_(up), gate))
-        if self.limit is not None:
+        if self.limit is not None:  # a clamped value no longer moves the output
             raw_gate, raw_up = projected.chunk(2, -1)
             grad_gate.masked_fill_(raw_gate > self.limit, 0)
             grad_up.masked_fill_(raw_up.abs() > self.limit, 0)

@@ -1,8 +1,7 @@
 """Four ways to run rows that are sorted by expert through a bank; all give the same numbers.
 
-Each takes ``(rows_AD, counts_E, bank, keep_AF, places)`` and returns (A, D). ``keep_AF`` is what
-dropout multiplies the hidden values with, or None; ``places`` is the most rows an expert can have,
-or None where the routing does not say.
+Each returns (A, D). ``keep_AF`` is what dropout multiplies the hidden values with, or None;
+``places`` is the most rows an expert can have, or None where the routing does not say.
 """
 
 from collections.abc import Callable
@@ -49,18 +48,18 @@ def loop(rows_AD, counts_E, bank: Bank, keep_AF=None, places=None) -> Tensor:
 def padded(rows_AD, counts_E, bank: Bank, keep_AF=None, places=None) -> Tensor:
     """A table of E x C rows, C the most of an expert, and one batched matrix product.
 
-    Good for many small, even groups. C is ``places``, or else the largest count, which has to be
-    read. Rows beyond C (a static plan has such) come back as zeros.
+    Good for many small, even groups.
     """
     A, E = len(rows_AD), len(counts_E)
+    # Without a capacity the largest count has to be read, which synchronises with a GPU.
     C = max(1, int(counts_E.max()) if places is None else min(places, A))
     row_A, expert_E = (torch.arange(n, device=rows_AD.device) for n in (A, E))
     expert_A = torch.repeat_interleave(expert_E, counts_E, output_size=A)
     place_A = row_A - (counts_E.cumsum(0) - counts_E)[expert_A]
+    # Rows beyond C (a static plan has such) fall on a last line: zeros on the way back.
     place_A = torch.where(place_A < C, expert_A * C + place_A, E * C)
 
     def table(values: Tensor) -> Tensor:
-        """(A, X) -> (E, C, X); what has no place falls on a last line, which is cut off."""
         lines = values.new_zeros(E * C + 1, values.shape[-1]).index_copy(0, place_A, values)
         return lines[:-1].view(E, C, -1)
 
@@ -77,10 +76,7 @@ def padded(rows_AD, counts_E, bank: Bank, keep_AF=None, places=None) -> Tensor:
 
 
 class _BatchedLinear(torch.autograd.Function):
-    """x W^T, batched.
-
-    Torch's own backward gives the gradient of W^T, to be copied into the order in which W lies.
-    """
+    """x W^T, batched; torch's own gradient is that of W^T, to be copied into W's order."""
 
     @staticmethod
     def forward(ctx, x_ECI: Tensor, weight_EOI: Tensor) -> Tensor:
@@ -95,10 +91,7 @@ class _BatchedLinear(torch.autograd.Function):
 
 
 def grouped(rows_AD, counts_E, bank: Bank, keep_AF=None, places=None) -> Tensor:
-    """torch's grouped_mm: float32, float16 and bfloat16, every row a multiple of 16 bytes.
-
-    Nothing synchronises with a GPU.
-    """
+    """torch's grouped_mm: every row a multiple of 16 bytes. Nothing synchronises with a GPU."""
     ends_E = counts_E.cumsum(0).to(torch.int32)
     expert_A = None
     if bank.gate_up_bias is not None:  # grouped_mm refuses a bias, though its signature has one
@@ -119,12 +112,8 @@ def fused_bank(rows_AD, counts_E, bank: Bank, keep_AF=None, places=None) -> Tens
     return fused(rows_AD, counts_E, *bank[:4], keep_AF, bank.activation)
 
 
-BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "loop": loop,
-    "padded": padded,
-    "grouped": grouped,
-    "fused": fused_bank,
-}
+BACKENDS: dict[str, Callable[..., Tensor]] = {"loop": loop, "padded": padded, "grouped": grouped}
+BACKENDS["fused"] = fused_bank
 
 
 def run(backend: str, rows_AD, counts_E, bank: Bank, keep_AF=None, places=None) -> Tensor:

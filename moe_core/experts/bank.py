@@ -29,8 +29,7 @@ class MLPOptions:
         bias: both products add a bias.
         dropout: in training, the probability with which a hidden value is set to 0.
 
-    Raises:
-        ValueError: an option is out of its range.
+    Raises ValueError where an option is out of its range.
     """
 
     activation: str = "silu"
@@ -53,12 +52,7 @@ class MLPOptions:
 class FeedForward(nn.Module):
     """One dense MLP, y = down(act(gate(x)) * up(x)): what an expert is, when there is only one.
 
-    Args:
-        d_model, d_ff: D and F.
-        options: those of ``MLPOptions``.
-
-    Raises:
-        ValueError: an argument is out of its range.
+    ``options`` are those of ``MLPOptions``.
     """
 
     def __init__(self, d_model: int, d_ff: int, **options):
@@ -82,8 +76,8 @@ class Experts(nn.Module):
     .. math:: f_e(x) = W^{down}_e \big(\mathrm{act}(W^{gate}_e x) \odot W^{up}_e x\big)
 
     Weights lie as the ecosystem keeps them: ``gate_up_proj`` (E, 2F, D) as [gate; up], or (E, F, D)
-    without a gate, and ``down_proj`` (E, D, F); with ``bias`` also ``gate_up_bias`` (E, 2F) or
-    (E, F), and ``down_bias`` (E, D), else these are None.
+    without a gate, and ``down_proj`` (E, D, F); with ``bias`` also ``gate_up_bias`` (E, 2F) or (E,
+    F), and ``down_bias`` (E, D), else None. ``owned`` are this bank's experts, by number.
 
     Args:
         d_model, d_ff, n_experts: D, F and E.
@@ -95,16 +89,11 @@ class Experts(nn.Module):
             "fused", or "auto", which picks one. All give the same numbers.
         shard: which experts these are, and how to reach the others. None with ep_size > 1: experts
             in their order, over all processes of torch.distributed.
-        n_routed: the experts that a routing is over, where some compute without this bank (see
-            ``ZeroComputationExperts``); None for n_experts.
+        n_routed: the experts that a routing is over, where some compute without this bank; None: E.
         options: those of ``MLPOptions``.
 
-    Attributes:
-        owned: the experts of this bank, by number; all E of them where ep_size is 1.
-
-    Raises:
-        ValueError: an argument is out of its range, or ep_size does not fit E, shard or processes.
-        RuntimeError: ep_size > 1 without a shard, and torch.distributed is not initialised.
+    Raises ValueError where an argument is out of its range, or ep_size does not fit E, shard or
+    processes; RuntimeError where it needs torch.distributed, which is not initialised.
     """
 
     def __init__(
@@ -154,28 +143,18 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def draw(self, parameter: Tensor, fill: Callable[[Tensor], Tensor]) -> None:
-        """Fill a parameter of this bank expert after expert.
-
-        Also those of other ranks, which are not kept: from the same seed every expert has the same
-        weights, on however many ranks.
-        """
+        """Fill a parameter of this bank expert after expert."""
+        # Also those of other ranks, which are not kept: from the same seed every expert has the
+        # same weights, on however many ranks.
         for expert in range(self.n_experts):
             drawn = fill(torch.empty_like(parameter[0]))
             if expert in self.owned:
                 parameter[self.owned.index(expert)] = drawn
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """Run every kept slot through its expert and add the results up.
+        """Run each kept slot of x (B, N, D) through its expert and add up, in x's dtype.
 
-        Args:
-            x: (B, N, D) tokens.
-            routing: for the same B and N.
-
-        Returns:
-            (B, N, D) in x's dtype; exactly 0 for a token none of whose slots is kept.
-
-        Raises:
-            ValueError: x and routing do not belong together.
+        Exactly 0 for a token without a kept slot. Raises ValueError where x and routing do not fit.
         """
         plan, rows_AD = self.gather(x, routing)
         if self.shard is None:
@@ -189,10 +168,9 @@ class Experts(nn.Module):
         """The first part of forward: the plan, and the rows (A, D) sorted by expert."""
         tokens, E = routing.expert_indices.shape[:2], routing.scores.shape[-1]
         if x.shape != (*tokens, self.d_model) or E != self.n_routed:
-            raise ValueError(
-                f"x {tuple(x.shape)} and a routing of {tuple(tokens)} tokens to {E} experts "
-                f"do not fit d_model={self.d_model}, n_experts={self.n_routed}"
-            )
+            found = f"x {tuple(x.shape)} and a routing of {tuple(tokens)} tokens to {E} experts"
+            sizes = f"d_model={self.d_model}, n_experts={self.n_routed}"
+            raise ValueError(f"{found} do not fit {sizes}")
         plan = DispatchPlan(routing, self.n_experts)
         on_input = routing.weights_on == "input"
         return plan, plan.gather(x, routing.expert_weights if on_input else None)
@@ -204,6 +182,7 @@ class Experts(nn.Module):
             weights_BNK = torch.ones_like(weights_BNK)
         y = plan.combine(out_AD, weights_BNK).to(x.dtype)
         if self.training and self.drop_path > 0:
+            # One draw a sequence: stochastic depth skips the layer for a whole sample.
             stays_B11 = torch.rand(y.shape[0], 1, 1, device=y.device) >= self.drop_path
             y = y * stays_B11.to(y.dtype) / (1 - self.drop_path)
         return y
@@ -217,10 +196,8 @@ class Experts(nn.Module):
     ) -> Tensor:
         """Rows sorted by expert, (A, D), through this bank, to (A, D).
 
-        Args:
-            counts_E: rows for each expert of this bank; their sum is A.
-            places: the most rows an expert can have, where that is known without reading a value.
-            owned: only these of the bank's experts, in this order (a simulated rank).
+        ``counts_E`` are the rows of each expert; ``places`` is the most one can have, where that is
+        known without reading a value; ``owned`` takes only these of the bank, in this order.
         """
         weights = self.gate_up_proj, self.down_proj, self.gate_up_bias, self.down_bias
         if owned is not None:
@@ -230,6 +207,7 @@ class Experts(nn.Module):
             rows_AD, *weights = (None if t is None else t.to(dtype) for t in (rows_AD, *weights))
         keep_AF = None
         if self.training and self.dropout > 0:
+            # Drawn here, so that all backends drop the same values.
             keep_AF = F.dropout(rows_AD.new_ones(len(rows_AD), self.d_ff), self.dropout)
         inputs = rows_AD, counts_E, Bank(*weights, self.act), keep_AF, places
         if dtype is None:
@@ -240,10 +218,7 @@ class Experts(nn.Module):
     def choose_backend(
         self, rows_AD: Tensor, places: int | None = None, n_experts: int | None = None
     ) -> tuple[str, str]:
-        """The backend that will run these rows, and why.
-
-        An explicit backend is not second-guessed: where "grouped" cannot go, torch says why.
-        """
-        if self.backend != "auto":
+        """The backend that will run these rows, and why."""
+        if self.backend != "auto":  # not second-guessed: where "grouped" cannot go, torch says why
             return self.backend, "asked for"
         return choose(rows_AD, n_experts or len(self.owned), self.d_ff, places)

@@ -1,13 +1,7 @@
 """The bank of experts as one operation, made for a processor's caches; on any device and dtype.
 
-What it does differently from a loop (what each is worth: ``python -m moe_tools.bench layer``):
-
-- One expert at a time goes through both products: what lies between is still in the cache.
-- Only the first product is kept for the backward pass; the activation is computed again. Every
-  gradient is written where it belongs, once.
-- Where an expert has few rows, reading its weight takes the time: W x^T, not x W^T, streams it.
-
-torch.compile sees one opaque operation, so reading the counts inside it breaks no graph.
+``python -m moe_tools.bench layer`` measures it. torch.compile sees one opaque operation, so reading
+the counts inside it breaks no graph.
 """
 
 from collections.abc import Iterator
@@ -22,14 +16,11 @@ from .activations import Activation
 _LIBRARY = torch.library.Library("moe_core", "DEF")
 _BANK = "Tensor rows, Tensor counts, Tensor gate_up, Tensor down"
 _ACTIVATION = "str name, bool glu, float? limit, float up_offset"
-_LIBRARY.define(
-    f"experts({_BANK}, Tensor? gate_up_bias, Tensor? down_bias, Tensor? keep, {_ACTIVATION}) "
-    "-> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    f"experts_backward(Tensor grad, Tensor projected, {_BANK}, Tensor? keep, bool bias, "
-    f"{_ACTIVATION}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+_BIASES = "Tensor? gate_up_bias, Tensor? down_bias"
+_BACKWARD = f"Tensor grad, Tensor projected, {_BANK}, Tensor? keep, bool bias, {_ACTIVATION}"
+_FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+_LIBRARY.define(f"experts({_BANK}, {_BIASES}, Tensor? keep, {_ACTIVATION}) -> (Tensor, Tensor)")
+_LIBRARY.define(f"experts_backward({_BACKWARD}) -> {_FIVE}")
 
 
 def fused(
@@ -52,6 +43,7 @@ def _forward(rows_AD, counts_E, gate_up_proj, down_proj, gate_up_bias, down_bias
     activation = Activation.known(*act)
     out_AD = _like(rows_AD)
     projected_AH = rows_AD.new_empty(len(rows_AD), gate_up_proj.shape[1])  # H is 2F, or F
+    # One expert at a time through both products: what lies between is still in the cache.
     for e, group in _groups(counts_E):
         _project(rows_AD[group], gate_up_proj[e], gate_up_bias, e, out=projected_AH[group])
         hidden_nF = activation(projected_AH[group])
@@ -71,10 +63,12 @@ def _backward(
         grad_nD, grad_hidden_nF = grad_AD[group], grad_AD[group] @ down_proj[e]
         if keep_AF is not None:
             grad_hidden_nF *= keep_AF[group]
+        # Only the first product was kept; the activation is computed again.
         grad_projected_nH, hidden_nF = activation.pullback(grad_hidden_nF, projected_AH[group])
         if keep_AF is not None:
             hidden_nF *= keep_AF[group]
-        torch.mm(grad_nD.t(), hidden_nF, out=grad_down[e])  # zeros where there are no rows
+        # Every gradient is written where it belongs, once; zeros where there are no rows.
+        torch.mm(grad_nD.t(), hidden_nF, out=grad_down[e])
         torch.mm(grad_projected_nH.t(), rows_AD[group], out=grad_gate_up[e])
         torch.mm(grad_projected_nH, gate_up_proj[e], out=grad_rows_AD[group])
         if bias:
@@ -121,7 +115,7 @@ def _project(rows_nI: Tensor, weight_OI: Tensor, bias_EO: Tensor | None, e: int,
     n = len(rows_nI)
     if n * n * 64 > weight_OI.numel():  # measured: from here on the copy costs more than it saves
         torch.mm(rows_nI, weight_OI.t(), out=out)
-    elif n > 0:
+    elif n > 0:  # few rows: reading the weight takes the time, and W x^T streams it
         # One row would become a matrix-vector product, three times slower than two rows.
         columns_In = rows_nI.t() if n > 1 else rows_nI.expand(2, -1).contiguous().t()
         out.copy_(torch.mm(weight_OI, columns_In)[:, :n].t())

@@ -16,14 +16,12 @@ class SharedExperts(FeedForward):
     .. math:: [\sigma(w \cdot x)] \; \frac{1}{n \text{ or } 1} \sum_{i=1}^{n} f_i(x)
 
     Args:
-        d_model, d_ff: D and F, the width of one shared expert.
-        n_shared_experts: n, at least 1.
+        d_model, d_ff, n_shared_experts: D, F (the width of one of them), and n, at least 1.
         gated: multiply by the sigmoid of a learned score of the token (Qwen2-MoE).
         combine: "sum" adds the n outputs up (DeepSeekMoE, arXiv 2401.06066), "mean" divides by n.
         options: those of ``FeedForward``.
 
-    Raises:
-        ValueError: an argument is out of its range.
+    Raises ValueError where an argument is out of its range.
     """
 
     def __init__(
@@ -44,15 +42,13 @@ class SharedExperts(FeedForward):
         self.gate = nn.Linear(d_model, 1, bias=False) if gated else None
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        """(..., D) -> (..., D).
-
-        With a routing whose overflow is "shared" it stands in for the experts that were full, too.
-        """
+        """(..., D) -> (..., D)."""
         y = super().forward(x)
         if self.combine == "mean":
             y = y / self.n_shared_experts
         if self.gate is not None:
             y = torch.sigmoid(self.gate(x)) * y
+        # It stands in for the experts that were full, too.
         if routing is not None and routing.overflow == "shared":
             y = y + (routing.overflow_weight.unsqueeze(-1) * y).to(y.dtype)
         return y

@@ -1,4 +1,4 @@
-"""SoftMoE: experts that see mixtures of tokens, so that nothing is chosen, dropped or out of balance."""
+"""SoftMoE: experts that see mixtures of tokens, so that nothing is chosen or dropped."""
 
 import math
 
@@ -12,27 +12,23 @@ from .bank import Experts
 
 
 class SoftMoE(nn.Module):
-    r"""Every slot of every expert gets a weighted mean of all tokens; every token gets a weighted mean of all slots.
+    r"""Every slot of an expert gets a weighted mean of all tokens, every token one of all slots.
 
-    .. math:: h_{n,s} = \hat x_n \cdot g \hat\varphi_s, \quad \tilde x_s = \sum_n \mathrm{softmax}_n(h)_{n,s} \, x_n, \quad
-        y_n = \sum_s \mathrm{softmax}_s(h)_{n,s} \, f_{e(s)}(\tilde x_s)
+    .. math:: h_{n,s} = \hat x_n \cdot g \hat\varphi_s,
+        \quad \tilde x_s = \sum_n \mathrm{softmax}_n(h)_{n,s} \, x_n,
+        \quad y_n = \sum_s \mathrm{softmax}_s(h)_{n,s} \, f_{e(s)}(\tilde x_s)
 
-    with unit vectors x^ and phi^ and a learned scale g. It is differentiable everywhere and costs the same whatever the tokens are:
-    E*S rows per sequence go through the experts. **It is not causal**: a token's output depends on later tokens of its sequence
-    through both means, so that it has no place in a decoder that predicts the next token. Sequences do not see each other.
+    with unit vectors x^ and phi^ and a learned scale g. These are Soft MoE's own slots, inputs of
+    an expert; elsewhere a slot is a (token, k) pair. **It is not causal**: a token's output depends
+    on later tokens of its sequence through both means. Sequences do not see each other.
 
     Args:
         d_model, d_ff, n_experts: D, F and E.
-        slots_per_expert: S; E*S = N costs what top-1 routing costs.
+        slots_per_expert: S; E*S = N costs what top-1 routing costs. Slot s is of expert s // S.
         activation, glu, backend: see ``Experts``.
 
-    Attributes:
-        phi: (D, E*S), slot s belongs to expert s // S. scale: g, a scalar. experts: an ``Experts``.
-
-    Raises:
-        ValueError: a size is not a positive whole number, or an option is unknown.
-
-    Source: Puigcerver et al. 2023 (arXiv 2308.00951), section 2.1; the normalisation is its section 2.3.
+    Raises ValueError where a size is not a positive whole number, or an option is unknown.
+    Source: Puigcerver et al. 2023 (arXiv 2308.00951), sections 2.1, and 2.3 for unit vectors.
     """
 
     def __init__(
@@ -51,30 +47,20 @@ class SoftMoE(nn.Module):
         self.d_model, self.n_experts, self.slots_per_expert = d_model, n_experts, slots_per_expert
         self.phi = nn.Parameter(torch.empty(d_model, n_experts * slots_per_expert))
         self.scale = nn.Parameter(torch.ones(()))
-        self.experts = Experts(
-            d_model, d_ff, n_experts, activation=activation, glu=glu, backend=backend
-        )
+        options = {"activation": activation, "glu": glu, "backend": backend}
+        self.experts = Experts(d_model, d_ff, n_experts, **options)
         nn.init.normal_(self.phi, std=1 / math.sqrt(d_model))
 
     def mixing_weights(
         self, x: Tensor, padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The two softmaxes, in float32 at least.
+        """Dispatch (B, N, E*S), a softmax over tokens, and combine, one over slots; float32.
 
-        Args:
-            x: (B, N, D) tokens. padding_mask: (B, N) bool, True for real tokens; None when all are real.
-
-        Returns:
-            dispatch (B, N, E*S), which sums to 1 over the real tokens, and combine (B, N, E*S), which sums to 1 over the slots of a
-            real token. Both are exactly 0 for padding.
-
-        Raises:
-            ValueError: x or padding_mask has the wrong shape.
+        Both are exactly 0 for padding. Raises ValueError where x or padding_mask does not fit.
         """
         if x.ndim != 3 or x.shape[-1] != self.d_model:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}, must be (B, N, d_model={self.d_model})"
-            )
+            found = tuple(x.shape)
+            raise ValueError(f"x has shape {found}, must be (B, N, d_model={self.d_model})")
         dtype = torch.promote_types(x.dtype, torch.float32)
         with no_autocast(x):
             phi = self.scale.to(dtype) * F.normalize(self.phi.to(dtype), dim=0)
@@ -89,30 +75,19 @@ class SoftMoE(nn.Module):
         padding_BN1 = ~padding_mask.unsqueeze(-1)
         lowest = torch.finfo(dtype).min  # not -inf: a sequence of nothing but padding would be 0/0
         dispatch_BNS = logits_BNS.masked_fill(padding_BN1, lowest).softmax(1)
-        return dispatch_BNS.masked_fill(padding_BN1, 0), logits_BNS.softmax(-1).masked_fill(
-            padding_BN1, 0
-        )
+        both = dispatch_BNS, logits_BNS.softmax(-1)
+        return tuple(weights_BNS.masked_fill(padding_BN1, 0) for weights_BNS in both)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-        """(B, N, D) -> (B, N, D) in x's dtype; exactly 0 for padding. There is no Routing: nothing is chosen.
-
-        Raises:
-            ValueError: x or padding_mask has the wrong shape.
-        """
+        """(B, N, D) -> (B, N, D) in x's dtype; 0 for padding. No Routing: nothing is chosen."""
         dispatch_BNS, combine_BNS = self.mixing_weights(x, padding_mask)
-        B, E, S = x.shape[0], self.n_experts, self.slots_per_expert
+        B, E, S, D = x.shape[0], self.n_experts, self.slots_per_expert, self.d_model
+        wide = dispatch_BNS.dtype
         with no_autocast(x):
-            slots_BSD = torch.einsum("bns,bnd->bsd", dispatch_BNS, x.to(dispatch_BNS.dtype)).to(
-                x.dtype
-            )
-        rows_AD = (
-            slots_BSD.view(B, E, S, self.d_model).transpose(0, 1).reshape(E * B * S, self.d_model)
-        )
+            slots_BSD = torch.einsum("bns,bnd->bsd", dispatch_BNS, x.to(wide)).to(x.dtype)
+        # The bank wants rows sorted by expert: first expert 0's S slots of every sequence.
+        rows_AD = slots_BSD.view(B, E, S, D).transpose(0, 1).reshape(E * B * S, D)
         rows_AD = self.experts.run_rows(rows_AD, torch.full((E,), B * S, device=x.device))
-        slots_BSD = (
-            rows_AD.view(E, B, S, self.d_model).transpose(0, 1).reshape(B, E * S, self.d_model)
-        )
+        slots_BSD = rows_AD.view(E, B, S, D).transpose(0, 1).reshape(B, E * S, D)
         with no_autocast(x):
-            return torch.einsum("bns,bsd->bnd", combine_BNS, slots_BSD.to(combine_BNS.dtype)).to(
-                x.dtype
-            )
+            return torch.einsum("bns,bsd->bnd", combine_BNS, slots_BSD.to(wide)).to(x.dtype)

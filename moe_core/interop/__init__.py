@@ -1,5 +1,3 @@
 """The public name of ``moe_tools.interop``."""
 
 from . import hf
-
-__all__ = ["hf"]

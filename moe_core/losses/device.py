@@ -1,7 +1,4 @@
-"""Balance between devices, each of which holds E / D neighbouring experts (DeepSeek-V2).
-
-The expert-level loss of the same paper is ``load_balance``.
-"""
+"""Balance between devices, each of which holds E / D neighbouring experts (DeepSeek-V2)."""
 
 from torch import Tensor
 
@@ -10,50 +7,32 @@ from ..validate import whole
 
 
 def device_balance(routing: Routing, n_devices: int, *, scope: str = "batch") -> Tensor:
-    r"""Even work for the devices, whatever happens among the experts of one.
+    r"""Even work for the D devices, whatever happens among the experts of one.
 
-    .. math:: L = \sum_d f'_d P'_d, \quad f'_d = \frac{D}{E} \sum_{e \in d} f_e, \quad P'_d = \sum_{e \in d} P_e
+    .. math:: L = \sum_d f'_d P'_d, \quad f'_d = \frac{D}{E} \sum_{e \in d} f_e,
+        \quad P'_d = \sum_{e \in d} P_e
 
-    with :math:`f_e` = E times the share of slots that went to e, and P the mean score.
-
-    Args:
-        routing: what any router returned; scores that sum to 1.
-        n_devices: D; device d holds the experts d * E / D and the following.
-        scope: "batch" or "sequence", see ``load_balance``.
-
-    Returns:
-        Scalar, 1 at perfect balance between devices, D when one device gets everything with certainty.
-
-    Raises:
-        ValueError: n_devices does not divide E, or scope is unknown.
-
+    with :math:`f_e` = E times the share of slots that went to e, and P the mean score, of scores
+    that sum to 1. It is 1 at perfect balance between devices, D when one gets everything with
+    certainty. Raises ValueError where n_devices does not divide E, or scope is unknown.
     Source: DeepSeek-AI 2024 (DeepSeek-V2, arXiv 2405.04434), section 2.2.3, eq. 26-28.
     """
     share = _by_device(routing.slot_share(scope), n_devices) * n_devices
-    return _mean((share * _by_device(routing.mean_score(scope), n_devices)).sum(-1), routing)
+    score = _by_device(routing.mean_score(scope), n_devices)
+    return _mean((share * score).sum(-1), routing)
 
 
 def communication_balance(
     routing: Routing, n_devices: int, max_devices: int, *, scope: str = "batch"
 ) -> Tensor:
-    r"""Even numbers of tokens received: what a device sends is bounded by M, what it receives is not.
+    r"""Even numbers of tokens received: M bounds what a device sends, nothing what it receives.
 
-    .. math:: L = \sum_d f''_d P''_d, \quad f''_d = \frac{D}{M T} \sum_t 1[t \text{ is sent to } d], \quad P''_d = \sum_{e \in d} P_e
+    .. math:: L = \sum_d f''_d P''_d, \quad f''_d = \frac{D}{M T} \sum_t 1[t \text{ is sent to } d],
+        \quad P''_d = \sum_{e \in d} P_e
 
-    A token with two experts on one device is sent there once.
-
-    Args:
-        routing: what any router returned; scores that sum to 1. Padding is not sent; slots count before capacity.
-        n_devices: D; device d holds the experts d * E / D and the following.
-        max_devices: M, the most devices a token may visit.
-        scope: "batch" or "sequence", see ``load_balance``.
-
-    Returns:
-        Scalar, 1 when each token visits M devices and all receive the same number.
-
-    Raises:
-        ValueError: n_devices does not divide E, max_devices is not between 1 and n_devices, or scope is unknown.
-
+    It is 1 when each token visits M = max_devices devices and all receive the same number; slots
+    count before capacity, scores sum to 1. Raises ValueError where n_devices does not divide E,
+    max_devices is not between 1 and n_devices, or scope is unknown.
     Source: DeepSeek-AI 2024 (DeepSeek-V2, arXiv 2405.04434), section 2.2.3, eq. 29-31.
     """
     score = _by_device(routing.mean_score(scope), n_devices)
@@ -62,9 +41,9 @@ def communication_balance(
         raise ValueError(f"max_devices={max_devices} must be between 1 and n_devices={n_devices}")
     device_BNK = routing.expert_indices // (routing.n_experts // n_devices)
     visits_BND = routing.scores.new_zeros(*routing.scores.shape[:2], n_devices)
-    visits_BND = visits_BND.scatter_add(
-        -1, device_BNK, routing.selected_mask.to(visits_BND.dtype)
-    ).clamp(max=1)
+    asked_BNK = routing.selected_mask.to(visits_BND.dtype)
+    # A token with two experts on one device is sent there once.
+    visits_BND = visits_BND.scatter_add(-1, device_BNK, asked_BNK).clamp(max=1)
     received, tokens = visits_BND.sum(1), routing.real_tokens.sum(1, keepdim=True)
     if scope == "batch":
         received, tokens = received.sum(0), tokens.sum(0)

@@ -1,14 +1,7 @@
 """Balance over the global batch: all micro-batches of all ranks, as if they were one.
 
-A micro-batch of one or two sequences is never balanced by a router that knows its subjects; asking for it forbids specialisation.
-The loss is linear in P, so only the counts f must be known globally, a few integers:
-
-    shares = [losses.global_share(layer) for layer in zip(*routings)]     # routings[m][l] of micro-batch m and layer l
-    loss_m = sum(losses.load_balance(r, share=f) for r, f in zip(routings[m], shares))
-
-The mean of loss_m over micro-batches and ranks is the loss of the one big batch, value and gradient, if all have as many real tokens;
-``global_balance`` is exact with any padding. Who frees each micro-batch before the next has no final counts: use those of the
-micro-batches so far (the paper's buffer), or count in a first pass without gradients.
+A micro-batch of one or two sequences is never balanced by a router that knows its subjects; asking
+for it forbids specialisation.
 """
 
 from collections.abc import Sequence
@@ -22,44 +15,37 @@ from .balance import mean_score
 
 
 def global_share(routings: Sequence[Routing]) -> Tensor:
-    """f_e over all these micro-batches and all ranks: (E,), sums to 1 over experts, to be given to ``load_balance``.
+    """f_e (E,) over one layer's micro-batches and all ranks, to be given to ``load_balance``.
 
-    Args:
-        routings: one layer's, one for each micro-batch. Counts are added as integers. Every rank must call this.
+        shares = [losses.global_share(layer) for layer in zip(*routings)]  #
+            routings[micro_batch][layer]
+        loss_m = sum(losses.load_balance(r, share=f) for r, f in zip(routings[m], shares))
 
-    Raises:
-        ValueError: routings is empty.
-
+    The loss is linear in P: the mean of loss_m over micro-batches and ranks is that of the one big
+    batch if all have as many real tokens. Every rank must call this. Raises ValueError for no
+    routing.
     Source: Qiu et al. 2025 (Qwen, arXiv 2501.11873).
     """
     if not routings:
         raise ValueError("routings must hold at least one Routing")
+    # Integers until the end: the shares are then those of the one big batch, bit for bit.
     counts_E = sum_over_ranks(torch.stack([r.slots_per_expert() for r in routings]).sum(0))
     return (counts_E.double() / counts_E.sum().clamp(min=1)).to(routings[0].scores.dtype)
 
 
 def global_balance(routings: Sequence[Routing], *, relative_scores: bool = False) -> Tensor:
-    r"""``load_balance`` of the global batch, in which each token weighs the same wherever it was computed.
+    r"""``load_balance`` of the global batch, with any padding: a token weighs the same anywhere.
 
-    .. math:: L = E \sum_e f_e \frac{\sum_{r,m,t} s_{r,m,t,e}}{T}, \quad f, T \text{ over all ranks } r \text{ and micro-batches } m
+    .. math:: L = E \sum_e f_e \frac{\sum_{r,m,t} s_{r,m,t,e}}{T},
+        \quad f, T \text{ over all ranks } r \text{ and micro-batches } m
 
-    Args:
-        routings: one layer's, one for each micro-batch of this rank, with their graphs. Every rank must call this.
-        relative_scores: see ``load_balance``.
-
-    Returns:
-        Scalar, this rank's part times R: its mean over ranks (what data parallelism does to gradients) is the loss of the one big
-        batch, with its gradient. With one process it is that loss.
-
-    Raises:
-        ValueError: routings is empty.
-
-    Source: Qiu et al. 2025 (Qwen, arXiv 2501.11873).
+    Takes one layer's routings of this rank, with their graphs; every rank must call this. Raises
+    ValueError where there are none. Source: as ``global_share``.
     """
     share_E = global_share(routings)
     n_tokens = torch.stack([r.real_tokens.sum() for r in routings])
     mean_ME = torch.stack([mean_score(r, "batch", relative_scores) for r in routings])
-    score_E = (mean_ME * n_tokens.unsqueeze(-1)).sum(0) / sum_over_ranks(n_tokens.sum()).clamp(
-        min=1
-    )
+    score_E = (mean_ME * n_tokens.unsqueeze(-1)).sum(0)
+    score_E = score_E / sum_over_ranks(n_tokens.sum()).clamp(min=1)
+    # This rank's part times R: data parallelism averages gradients, and their mean is then right.
     return n_ranks() * routings[0].n_experts * (share_E * score_E).sum()

@@ -1,6 +1,4 @@
-"""Expert parallelism: the rows of every rank go to the ranks that hold their experts, and back.
-
-Written once over an ``Exchange``: lists have one entry for each rank that lives in this process.
+"""Expert parallelism: every rank's rows go to the ranks that hold their experts, and back.
 
     rows sorted by expert -> sorted by owner -> [counts exchanged, read once] -> [rows exchanged]
     -> sorted by expert again -> through this rank's experts -> and all the way back
@@ -26,13 +24,7 @@ RunRows = Callable[[Tensor, Tensor], Tensor]
 
 
 class ExpertShard(NamedTuple):
-    """One rank's part of the experts.
-
-    Attributes:
-        placement: who holds what.
-        rank: which rank this is.
-        exchange: how to reach the others; None: it cannot.
-    """
+    """One rank's part of the experts: who holds what, which rank it is, how to reach others."""
 
     placement: Placement
     rank: int
@@ -42,9 +34,8 @@ class ExpertShard(NamedTuple):
     def of_this_process(cls, n_experts: int, ep_size: int) -> "ExpertShard":
         """Experts in their order, over all processes of torch.distributed.
 
-        Raises:
-            ValueError: ep_size does not divide E, or is not the number of processes.
-            RuntimeError: torch.distributed is not initialised.
+        Raises ValueError where ep_size does not divide E or is not the number of processes,
+        RuntimeError where torch.distributed is not initialised.
         """
         exchange, placement = TorchExchange(), contiguous(n_experts, ep_size)
         if exchange.n_ranks != ep_size:
@@ -69,16 +60,10 @@ class ExpertShard(NamedTuple):
             )
 
     def run(self, bank: RunRows, rows_AD: Tensor, counts_E: Tensor) -> Tensor:
-        """``run_rows`` for this rank alone, whose experts are ``bank``.
-
-        Raises:
-            ValueError: there is no exchange.
-        """
+        """``run_rows`` for this rank alone; raises ValueError where there is no exchange."""
         if self.exchange is None:
-            raise ValueError(
-                "shard.exchange=None: these experts cannot be reached from other ranks; "
-                "see parallel.simulate"
-            )
+            alone = "shard.exchange=None: these experts cannot be reached from other ranks"
+            raise ValueError(f"{alone}; see parallel.simulate")
         [out_AD] = run_rows([rows_AD], [counts_E], [bank], self.exchange, self.placement)
         return out_AD
 
@@ -90,21 +75,17 @@ def run_rows(
     exchange: Exchange,
     placement: Placement,
 ) -> list[Tensor]:
-    """Run rows through experts that live on other ranks.
+    """Run rows through experts that live on other ranks; the host reads the device once.
 
     Args:
-        rows: for each rank here (A, D), sorted by expert. Rows beyond the sum of the counts stay at
-            home and come back as zeros.
+        rows: for each rank here (A, D), sorted by expert; they come back in this order. Rows beyond
+            the sum of the counts stay at home and come back as zeros.
         counts: for each rank here (E,) int64, its rows for each expert.
         experts: for each rank here what runs rows through its bank of P experts.
         exchange, placement: R ranks both. Rows for an expert with copies are dealt out in turn.
 
-    Returns:
-        For each rank here (A, D), in the order of ``rows``. The host reads the device once.
-
-    Raises:
-        ValueError: numbers of ranks or experts do not fit, or the ranks' rows differ in width or
-            dtype (then it is raised on every rank).
+    Raises ValueError where numbers of ranks or experts do not fit, or the ranks' rows differ in
+    width or dtype (then on every rank).
     """
     R, P = placement.n_ranks, placement.places_per_rank
     if exchange.n_ranks != R or any(len(counts_E) != placement.n_experts for counts_E in counts):
@@ -114,10 +95,8 @@ def run_rows(
             f"{R} ranks, {placement.n_experts} experts"
         )
     # 1. Sort the rows by owner, and count what goes where.
-    going = [
-        _to_owners(counts_E, len(rows_AD), placement, rank)
-        for rows_AD, counts_E, rank in zip(rows, counts, exchange.ranks)
-    ]
+    owners = zip(counts, map(len, rows), exchange.ranks)
+    going = [_to_owners(counts_E, A, placement, rank) for counts_E, A, rank in owners]
 
     # 2. Tell each rank how many rows come, and what all must agree on: their width and dtype. A
     #    mismatch is then seen by every rank, before rows move.
@@ -156,9 +135,8 @@ def run_rows(
         _permute(rows_AD, order_A if order_A is None else _inverse(order_A[: len(rows_AD)]))
         for rows_AD, (order_A, _) in zip(returned, going)
     ]
-    return [
-        F.pad(out_AD, (0, 0, 0, len(rows_AD) - len(out_AD))) for out_AD, rows_AD in zip(home, rows)
-    ]
+    missing = [len(rows_AD) - len(out_AD) for out_AD, rows_AD in zip(home, rows)]
+    return [F.pad(out_AD, (0, 0, 0, n)) for out_AD, n in zip(home, missing)]
 
 
 def _to_owners(
@@ -177,6 +155,7 @@ def _to_owners(
     row_A = torch.arange(n_rows, device=device)
     expert_A = torch.searchsorted(ends_E, row_A, right=True)
     real_A, expert_A = expert_A < E, expert_A.clamp(max=E - 1)
+    # Each rank starts with another copy, or all first rows would go to the same one.
     turn_A = (row_A - (ends_E - counts_E)[expert_A] + rank) % copies_E[expert_A]
     place_A = torch.where(real_A, table_EC[expert_A, turn_A], R * P)
     counts_P = counts_E.new_zeros(R * P + 1).scatter_add_(0, place_A, torch.ones_like(place_A))
@@ -210,10 +189,7 @@ def _permute(rows_AD: Tensor, order_A: Tensor | None) -> Tensor:
 
 
 class _Permute(torch.autograd.Function):
-    """Each row has one place, so the way back is the inverse order.
-
-    index_select's own backward would add, row after row.
-    """
+    """Each row has one place: the way back is the inverse order, with nothing to add up."""
 
     @staticmethod
     def forward(ctx, rows_AD: Tensor, order_A: Tensor) -> Tensor:

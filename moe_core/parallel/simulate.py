@@ -14,23 +14,15 @@ from .placement import Placement, contiguous
 
 
 class Traffic(NamedTuple):
-    """What one layer's dispatch moved.
-
-    Attributes:
-        rows_RR: (R, R) int64, the rows from rank s to rank r; the diagonal stays at home.
-        row_bytes: bytes of one row.
-    """
+    """What one layer's dispatch moved: rows_RR (R, R) int64 from rank s to r, bytes of a row."""
 
     rows_RR: Tensor
     row_bytes: int
 
     @property
     def bytes_RR(self) -> Tensor:
-        """(R, R) int64, bytes per link of the dispatch; combine sends the transpose.
-
-        The diagonal is 0: it uses no link.
-        """
-        return (self.rows_RR * self.row_bytes).fill_diagonal_(0)
+        """(R, R) int64, bytes per link of the dispatch; combine sends the transpose."""
+        return (self.rows_RR * self.row_bytes).fill_diagonal_(0)  # what stays home uses no link
 
     @property
     def rows_per_rank(self) -> Tensor:
@@ -39,15 +31,12 @@ class Traffic(NamedTuple):
 
     @property
     def straggler(self) -> int:
-        """The rank with most rows, which makes all others wait."""
+        """The rank with most rows, for which all others must wait."""
         return int(self.rows_per_rank.argmax())
 
     @property
     def imbalance(self) -> float:
-        """The straggler's rows over the mean: by how much the experts' part is longer.
-
-        1 at perfect balance, and without rows.
-        """
+        """The straggler's rows over the mean: 1 at perfect balance, and without rows."""
         rows_R = self.rows_per_rank.double()
         return float(rows_R.max() / rows_R.mean()) if rows_R.sum() else 1.0
 
@@ -69,21 +58,19 @@ def simulate(
 ) -> Simulation:
     """Run a whole layer as if its experts were spread over R ranks, each with tokens of its own.
 
-    Every rank routes its own tokens, so a capacity counts for each rank alone, as between real
-    processes. Gradients reach the parameters of ``moe`` as the sum over ranks.
+    Gradients reach the parameters of ``moe``, a ``MixtureOfExperts``, as the sum over ranks.
 
     Args:
-        moe: a ``MixtureOfExperts`` whose experts all live here.
         xs: for each of R ranks its tokens (B, N, D); B and N may differ, and be 0.
         placement: who holds which expert; None for ``contiguous``.
         exchange: one whose log is wanted: it then holds every transfer, of the backward pass too.
 
-    Raises:
-        ValueError: R and the placement do not fit, or the router reads token ids.
+    Raises ValueError where R and the placement do not fit, or the router reads token ids.
     """
     bank = moe.experts
     placement = placement or contiguous(bank.n_experts, len(xs))
     exchange = exchange or SimulatedExchange(len(xs))
+    # Every rank routes its own tokens: a capacity counts for each alone, as between processes.
     routings = [moe.router(x) for x in xs]
     plans, rows = zip(*(bank.gather(x, routing) for x, routing in zip(xs, routings)))
     runs = [partial(bank.run_rows, owned=owned) for owned in placement.experts_of_rank]

@@ -9,11 +9,11 @@ from ..routing import Routing
 from .base import Router, RouterOptions, checked_padding_mask
 from .quantile_balancing import balancing_bias
 
+_FIXED = ("capacity_factor", "aux_loss_weight", "top_k")
+
 
 @dataclass(frozen=True)
-class BalancedAssignmentOptions(
-    RouterOptions, fixed=("capacity_factor", "aux_loss_weight", "top_k")
-):
+class BalancedAssignmentOptions(RouterOptions, fixed=_FIXED):
     """The arguments of ``BalancedAssignmentRouter``."""
 
     top_k: int = 1
@@ -22,24 +22,16 @@ class BalancedAssignmentOptions(
 class BalancedAssignmentRouter(Router):
     r"""BASE layers: one expert per token; in training a balanced assignment, solved exactly.
 
-    .. math:: \max_{a} \sum_t h_{t, a_t} \quad
-              \text{s.t. every expert has the same number of tokens}, \qquad w_t = \sigma(h_{t, a_t})
+    .. math:: \max_{a} \sum_t h_{t, a_t} \; \text{s.t. every expert has the same number of tokens},
+              \quad w_t = \sigma(h_{t, a_t})
 
-    Every expert gets T/E of the T real tokens; at most T/E rounded up where E does not divide T.
-    The published layer is y = w f(x) + (1 - w) x with an f that ends in its own residual,
-    f(x) = x + g(x); that is x + w g(x), our weight and the caller's residual connection.
+    Every expert gets T/E of the T real tokens; at most T/E rounded up where E does not divide T. In
+    training a token's route depends on the whole batch, later tokens included, and the assignment
+    is solved on the CPU, which synchronises. Eval takes each token's best expert: causal, and not
+    balanced. Weights start orthogonal, with gain 0.1, as the published centroids.
 
-    In training a token's route depends on the whole batch, later tokens included, and the
-    assignment is solved on the CPU, which synchronises. Eval takes each token's best expert:
-    causal, and not balanced. Weights start orthogonal, with gain 0.1, as the published centroids.
-
-    Args:
-        d_model, n_experts: D and E. K is 1.
-        z_loss_weight, jitter_noise: see ``Router``.
-
-    Raises:
-        ValueError: an argument is out of range.
-
+    The published layer is y = w f(x) + (1 - w) x with an f that ends in its own residual, f(x) = x
+    + g(x); that is x + w g(x), our weight and the caller's residual connection.
     Source: Lewis et al. 2021 (arXiv 2103.16716), section 3, and its code in fairseq (an auction
     there, shortest paths here: the same optimum), without shuffling tokens across workers.
     """
@@ -52,11 +44,7 @@ class BalancedAssignmentRouter(Router):
         nn.init.orthogonal_(self.weight, gain=0.1)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids=None) -> Routing:
-        """Route tokens (B, N, D), one slot per token. See ``Router``.
-
-        Raises:
-            ValueError: a shape does not fit, or in training a logit is not finite.
-        """
+        """Route tokens; raises ValueError where in training a logit is not finite."""
         logits_BNE = self.logits(x)
         indices_BN = logits_BNE.argmax(-1)
         if self.training:
@@ -72,15 +60,7 @@ class BalancedAssignmentRouter(Router):
 def balanced_assignment(scores_TE: Tensor) -> Tensor:
     """(T,) int64 on the CPU: the experts with the largest sum of scores, at most ceil(T/E) each.
 
-    Start with each token's best expert after a bias per expert that nearly balances them: optimal
-    for the loads it happens to give. Then, while an expert has too many tokens, move one along the
-    cheapest chain of experts (token 1 from a to b, token 2 from b to c, ...) to one with room. That
-    keeps the assignment optimal for its new loads with one token less in the wrong place: at most T
-    chains end with the optimum (in float64, ties aside).
-
-    Raises:
-        ValueError: a score is not finite.
-
+    Raises ValueError where a score is not finite.
     Source: successive shortest paths, Ahuja, Magnanti and Orlin 1993, Network Flows, section 9.7.
     """
     T, E = scores_TE.shape
@@ -90,12 +70,17 @@ def balanced_assignment(scores_TE: Tensor) -> Tensor:
     places = -(-T // E)
     # Rows of zeros cost the same everywhere: they take the room that is left over.
     scores_RE = torch.cat([scores_TE, scores_TE.new_zeros(places * E - T, E)])
+    # Start with each token's best expert after a bias per expert that nearly balances them: optimal
+    # for the loads it happens to give.
     bias_E, all_R = scores_RE.new_zeros(E), torch.ones(len(scores_RE), dtype=torch.bool)
     if E > 1:
         for _ in range(20):
             bias_E = balancing_bias(scores_RE, all_R, 1, bias_E)
     expert_R = (scores_RE - bias_E).argmax(-1)
     load_E = torch.zeros(E, dtype=torch.int64).scatter_add_(0, expert_R, torch.ones_like(expert_R))
+    # While an expert has too many tokens, move one along the cheapest chain of experts (token 1
+    # from a to b, token 2 from b to c, ...) to one with room. The assignment stays optimal for its
+    # new loads, with one token less in the wrong place: at most T chains end with the optimum.
     while bool((load_E > places).any()):
         # What moving this token there would lose.
         loss_RE = scores_RE.gather(1, expert_R.unsqueeze(1)) - scores_RE
@@ -114,11 +99,8 @@ def balanced_assignment(scores_TE: Tensor) -> Tensor:
 
 
 def cheapest_chain(edge_EE: Tensor, start_E: Tensor, end_E: Tensor) -> list[int]:
-    """Bellman-Ford: the nodes of the cheapest path from any start to any end.
-
-    Edges may be negative, circles may not.
-    """
-    E = len(edge_EE)
+    """Bellman-Ford: the nodes of the cheapest path from any start to any end."""
+    E = len(edge_EE)  # edges may be negative, circles may not
     # Cheaper by no more than rounding is not cheaper, or the search would run in circles.
     rounding = 1e-12 * float(edge_EE[edge_EE.isfinite()].abs().max().clamp(min=1))
     cost_E = torch.where(start_E, 0.0, torch.inf).double()

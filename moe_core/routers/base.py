@@ -1,12 +1,6 @@
 """What all routers share: options, one logit per expert, and the making of a Routing.
 
-A router's forward says what it does in the order in which it does it:
-
-    logits_BNE = self.logits(x)                      # one linear map, in float32
-    indices_BNK, weights_BNK = ...                   # the idea of its paper
-    routing = self.routing(indices_BNK, weights_BNK, logits_BNE, scores_BNE, padding_mask)
-    routing = self.limit_capacity(routing)           # who finds room
-    return self.add_losses(routing)                  # balance, z, and its own
+A forward is ``logits``, the idea of its paper, ``routing``, ``limit_capacity``, ``add_losses``.
 """
 
 import inspect
@@ -27,11 +21,7 @@ from ..validate import at_least, between, whole
 
 @dataclass(frozen=True)
 class RouterOptions:
-    """The arguments of a router, checked when they are given.
-
-    A subclass of a router has a subclass of these. ``fixed`` names inherited options that it does
-    not take: they keep the value that the class body or the parent gives them.
-    """
+    """The arguments of a router, checked when given; a subclass of it has a subclass of these."""
 
     d_model: int
     n_experts: int
@@ -42,6 +32,7 @@ class RouterOptions:
     jitter_noise: float = 0.0
 
     def __init_subclass__(cls, fixed: Sequence[str] = ()):
+        # An inherited option that this router does not take keeps the value it has.
         for name in fixed:
             setattr(cls, name, field(default=getattr(cls, name), init=False))
             cls.__annotations__.setdefault(name, object)
@@ -59,18 +50,14 @@ class RouterOptions:
 
 
 class Router(nn.Module):
-    r"""What a router inherits.
-
-    .. math:: h = x W_r^\top
+    """What a router inherits: h = x W^T, from tokens (B, N, D) to a ``Routing``.
 
     Args:
-        d_model, n_experts: D and E.
-        capacity_factor: places per slot at perfect balance, None for dropless; or a
-            ``CapacityRule``, which says the rest (a factor for eval, the formula, who is dropped).
-        aux_loss_weight, z_loss_weight: coefficients of ``balance_loss`` and of ``losses.z_loss``;
-            0 leaves a loss out.
-        jitter_noise: in training the router (and only it) sees x times noise uniform in
-            [1 - jitter_noise, 1 + jitter_noise]. Fedus et al. 2021 (arXiv 2101.03961), section 2.2.
+        d_model, n_experts: D and E. Also top_k: K, the slots of a token, or expansion: their mean.
+        capacity_factor: places per slot at perfect balance, or a ``CapacityRule``; None: dropless.
+        aux_loss_weight, z_loss_weight: coefficients of ``balance_loss`` and ``losses.z_loss``.
+        jitter_noise: epsilon; in training the router (and only it) sees x times noise uniform in
+            [1 - epsilon, 1 + epsilon]. Fedus et al. 2021 (arXiv 2101.03961), section 2.2.
 
     Attributes:
         options: the arguments; each is an attribute of the router, too.
@@ -78,14 +65,11 @@ class Router(nn.Module):
         thresholds: (E,) what a logit is compared with to select, or None.
         cheap_experts: how many zero, copy and constant experts stand behind the others, or None.
 
-    Raises:
-        ValueError: an argument is out of range. TypeError: there is no such argument.
+    Raises ValueError where an argument is out of range, TypeError where there is no such one.
     """
 
     Options = RouterOptions
-    top_k_is_a_mean = (
-        False  # True: a token may take any number of experts, ``expansion`` on average
-    )
+    top_k_is_a_mean = False  # True: a token takes any number of experts, ``expansion`` on average
     prescribes_start = False  # True: the paper says how the weights start, so a model lets them be
     selection_bias: Tensor | None = None
     thresholds: Tensor | None = None
@@ -122,8 +106,8 @@ class Router(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def _apply(self, fn, recurse=True):
-        """Move or cast the module. Floating-point state moves but stays float32 at least: a bias
-        that changes by 0.001 a step would stand still in bfloat16."""
+        # What moves or casts a module. State moves but stays float32 at least: a bias that changes
+        # by 0.001 a step would stand still in bfloat16.
         before = {name: b for name, b in self._buffers.items() if b.is_floating_point()}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -135,7 +119,6 @@ class Router(nn.Module):
 
     @property
     def mean_top_k(self) -> float:
-        """K, or the mean number of experts per token where it may be any."""
         return self.expansion if self.top_k_is_a_mean else self.top_k
 
     def expected_share(self) -> Tensor:
@@ -143,30 +126,22 @@ class Router(nn.Module):
         return torch.full((self.n_experts,), 1 / self.n_experts, dtype=torch.float64)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids=None) -> Routing:
-        """Route tokens.
+        """Route tokens x (B, N, D); raises ValueError where a shape or dtype does not fit.
 
-        Args:
-            x: (B, N, D).
-            padding_mask: (B, N) bool, True for real tokens; None when all are real. Padding takes
-                no place, counts in no loss, and its output is 0 if what stands there is finite.
-            token_ids: (B, N) integers, for routers that read them (hash routing).
-
-        Raises:
-            ValueError: a shape or dtype does not fit.
+        padding_mask (B, N) is True for real tokens, None when all are. Padding takes no place,
+        counts in no loss, and its output is 0 if what stands there is finite. token_ids (B, N) are
+        for routers that read them (hash routing).
         """
         raise TypeError(f"{type(self).__name__} is what routers inherit: it does not route")
 
     def logits(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, E), in float32 at least: bfloat16 logits change which experts win.
-
-        Raises:
-            ValueError: x is not (B, N, D).
-        """
+        """(B, N, D) -> (B, N, E), in float32 at least; ValueError where x is not (B, N, D)."""
         self.require_tokens(x)
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = torch.promote_types(x.dtype, torch.float32)  # in bfloat16 other experts would win
         with no_autocast(x):
             x = x.to(dtype)
             if self.training and self.jitter_noise > 0:
+                # A new tensor: the experts see x itself.
                 x = x * torch.empty_like(x).uniform_(1 - self.jitter_noise, 1 + self.jitter_noise)
             return F.linear(x, self.weight.to(dtype))
 
@@ -190,10 +165,7 @@ class Router(nn.Module):
     ) -> Routing:
         """The Routing of a choice, before any capacity: slots are kept unless they are padding.
 
-        Args:
-            selected_BNK: False where a token does not ask for this slot's expert (K = E slots).
-
-        The others are the fields of ``Routing``.
+        ``selected_BNK`` is False where a token does not ask for this slot's expert (K = E slots).
         """
         reason_BNK = torch.full_like(indices_BNK, DropReason.KEPT.value, dtype=torch.int8)
         if selected_BNK is not None:
@@ -238,21 +210,17 @@ class Router(nn.Module):
         return losses.load_balance(routing)
 
     def update(self, routings: Sequence[Routing]) -> None:
-        """Change what the router learns outside the gradient.
+        """Change what the router learns outside the gradient, if anything.
 
         Call it on every rank, once per optimiser step, with the routings of all its micro-batches.
-        A router without such state changes nothing.
         """
 
 
 def checked_padding_mask(padding_mask: Tensor | None, x: Tensor) -> Tensor:
-    """(B, N) bool, True for real tokens; all of them for None. x is anything (B, N, ...).
-
-    Raises:
-        ValueError: the mask has another shape or dtype.
-    """
+    """(B, N) bool, all True for None; raises ValueError where it does not fit x (B, N, ...)."""
     if padding_mask is None:
         return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    # The message says what True means: for torch's key_padding_mask it is the opposite.
     if padding_mask.shape != x.shape[:2] or padding_mask.dtype != torch.bool:
         raise ValueError(
             f"padding_mask must be bool of shape {tuple(x.shape[:2])}, True for real tokens; "

@@ -1,7 +1,4 @@
-"""ExpertThresholdRouter: each expert takes the tokens above its own slowly moving threshold.
-
-Balanced, and causal.
-"""
+"""ExpertThresholdRouter: each expert takes the tokens above its threshold. Balanced, and causal."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
@@ -44,36 +41,22 @@ class ExpertThresholdRouter(Router):
               c_e \leftarrow \mathrm{EMA}_\beta\big(k\text{-th largest of } \{h_{t,e}\}_t\big),
               \quad k = \lfloor T G / E \rfloor
 
-    The threshold estimates where expert choice would have cut, over the last 1/(1 - beta) optimiser
-    steps. Where logits drift slowly against that, load stays near 1/E each with no auxiliary loss;
-    and a token's route depends on that token alone. Weights are not normalised.
+    A batch's cutoff is where expert choice would have cut. The threshold is what the buffer
+    ``cutoffs`` (E,) holds: the mean cutoff of the last 1/(1 - beta) optimiser steps. Where logits
+    drift slowly against that, the load stays near 1/E each with no auxiliary loss; and in eval a
+    token's route depends on that token alone. Training looks at the whole batch, in two ways:
 
-    Eval is always the pure threshold. Training differs in two ways, which look at the whole batch:
-
-    - *Warm-up*: for ``warmup_steps`` optimiser steps, and while there is no threshold at all, each
-      expert takes its k best tokens: early thresholds, stale in a few steps, would starve experts.
+    - *Warm-up*: for ``warmup_steps`` steps, and while there is no threshold, each expert takes its
+      k best tokens: early thresholds, stale in a few steps, would starve experts.
     - *Capacity band*: an expert's number of tokens is forced into [(1 - C) k, (1 + C) k]: its best
-      tokens below the threshold are let in, or its worst above it dropped (OVER_CAPACITY).
+      below the threshold are let in, or its worst above it dropped (OVER_CAPACITY).
 
-    A batch is routed by the thresholds from before it. One of fewer than E/G tokens counts with
-    k = 1, a cutoff too high: update with larger ones.
-
-    Args:
-        d_model, n_experts: D and E.
+    Args, besides ``Router``'s:
         expansion: G, the mean number of experts per token, 0 < G <= E.
         ema_decay: beta. The paper's 0.999 remembers 1000 steps; 0.99 suits runs of a few hundred.
         warmup_steps: None: four memories, 4 / (1 - beta), as in the paper. 0: none. Less than one
             memory can be worse than none (stored run expert_threshold).
         capacity_band: C, in training only; the paper's is 0.5. None: off.
-        z_loss_weight, jitter_noise: see ``Router``.
-
-    Attributes:
-        cutoffs: (E,) float32, the thresholds.
-        ema_weight: 1 - beta^t after t updates.
-        steps: optimiser steps so far.
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Source: Sun et al. 2026 (arXiv 2603.11535), algorithm 1; bias correction and micro-batches as in
     its official code, which averages the ranks' EMAs after warm-up where this averages their
@@ -90,7 +73,7 @@ class ExpertThresholdRouter(Router):
         self.share = as_fraction(self.expansion) / self.n_experts  # of the tokens, for each expert
 
     def initial_state(self) -> dict[str, Tensor]:
-        """No threshold yet."""
+        """No threshold yet; ``ema_weight`` is 1 - beta^t after t updates."""
         return {
             "cutoffs": torch.zeros(self.n_experts),
             "ema_weight": torch.zeros(()),
@@ -99,19 +82,13 @@ class ExpertThresholdRouter(Router):
 
     @property
     def thresholds(self) -> Tensor:
-        """(E,) float32, a copy of ``cutoffs``: what eval compares the logits with.
-
-        Zeros, so a weight above 1/2, before any update or calibration.
-        """
-        return self.cutoffs.clone()
+        return self.cutoffs.clone()  # a copy: ``update`` changes the buffer in place
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids=None) -> Routing:
-        """Route tokens (B, N, D); K = E slots per token, selected where above the threshold.
-
-        See ``Router``.
-        """
+        """Route tokens (B, N, D); K = E slots per token, selected where above the threshold."""
         logits_BNE = self.logits(x)
         real_BN = checked_padding_mask(padding_mask, x)
+        # Batches are routed by the thresholds from before them.
         selected_BNE = kept_BNE = (logits_BNE > self.cutoffs) & real_BN.unsqueeze(-1)
         capacity = None
         if self.training:
@@ -125,38 +102,32 @@ class ExpertThresholdRouter(Router):
                 count_E = count_E.clamp(lowest, floor_share(k, 1 + C))
                 most = max(floor_share(real_BN.numel(), self.share), 1)
                 capacity = floor_share(most, 1 + C)
-            count_E = torch.where(warming, k, count_E)
+            count_E = torch.where(warming, k, count_E)  # no if: that would synchronise
             pool_1SE, real_1S = logits_BNE.flatten(0, 1)[None], real_BN.view(1, -1)
             kept_BNE = take_best(pool_1SE, real_1S, count_E[None]).view(logits_BNE.shape)
             selected_BNE = kept_BNE | (selected_BNE & ~warming)
         scores_BNE = logits_BNE.sigmoid()
-        routing = self.routing(
-            self.every_expert(x),
-            scores_BNE,
-            logits_BNE,
-            scores_BNE,
-            padding_mask,
-            selected_BNK=selected_BNE,
-        )
+        choice = self.every_expert(x), scores_BNE, logits_BNE, scores_BNE, padding_mask
+        routing = self.routing(*choice, selected_BNK=selected_BNE)
         if capacity is not None:  # the band, and not a rule, says who finds room
             over_BNE = selected_BNE & ~kept_BNE
             reasons = routing.drop_reason.masked_fill(over_BNE, DropReason.OVER_CAPACITY.value)
-            kept_BNE = reasons == DropReason.KEPT.value
-            routing = replace(
-                routing, capacity=capacity, drop_reason=reasons, capacity_mask=kept_BNE
-            )
+            found_room = {"drop_reason": reasons, "capacity_mask": reasons == DropReason.KEPT.value}
+            routing = replace(routing, capacity=capacity, **found_room)
         return self.add_losses(routing)
 
     @torch.no_grad()
     def update(self, routings: Sequence[Routing]) -> None:
-        r"""One EMA step towards the mean cutoff q of these micro-batches. See ``Router.update``.
+        r"""One EMA step towards the mean cutoff q of these micro-batches.
 
         .. math:: m \leftarrow \beta m + (1-\beta) q, \quad c = m / (1 - \beta^t), \text{ kept as }
                   c \leftarrow c + \tfrac{1-\beta}{1-\beta^t} (q - c)
 
-        If no micro-batch has a real token, thresholds stay and only ``steps`` counts.
+        If no micro-batch has a real token, only ``steps`` counts. One of fewer than E/G tokens
+        counts with k = 1, a cutoff too high: update with larger ones.
         """
-        totals = self.cutoffs.new_zeros(self.n_experts + 1)  # sum of cutoffs, and how many
+        # The sum of cutoffs, and how many: one call to the other ranks.
+        totals = self.cutoffs.new_zeros(self.n_experts + 1)
         for routing in routings:
             real_T = routing.real_tokens.flatten()
             if real_T.numel() > 0:
@@ -170,6 +141,7 @@ class ExpertThresholdRouter(Router):
                 totals += torch.where(n_real > 0, found, 0)
         totals = sum_over_ranks(totals)
         found = totals[-1] > 0
+        # The share of the EMA that is data, 1 - beta^t: dividing by it corrects the start at 0.
         weight = self.ema_decay * self.ema_weight + (1 - self.ema_decay)
         mean_E = totals[:-1] / totals[-1].clamp(min=1)
         step_E = (1 - self.ema_decay) / weight * (mean_E - self.cutoffs)
@@ -181,15 +153,10 @@ class ExpertThresholdRouter(Router):
     def calibrate(self, batches: Iterable[Tensor | tuple[Tensor, Tensor | None]]) -> None:
         """Set the thresholds from data: cut so that exactly k = T*G/E (rounded down) are above.
 
-        The quantile of all tokens pooled, not the mean of the batches' cutoffs: exact for these
-        tokens, but for ties. Ranks average their quantiles by their numbers of tokens. Later
-        updates continue from here as from a long run's thresholds; ``steps`` stays as it is.
-
-        Args:
-            batches: x (B, N, D), or pairs (x, padding_mask). All their logits are held in memory.
-
-        Raises:
-            ValueError: there is no real token, or a shape is wrong.
+        ``batches`` are x (B, N, D), or pairs (x, padding_mask); all their logits are held in
+        memory. The cutoff of all tokens pooled is exact for these, but for ties; ranks average
+        theirs by tokens. Later updates continue as from a long run's thresholds; ``steps`` stays.
+        Raises ValueError where there is no real token, or a shape is wrong.
         """
         was_training, pooled = self.training, []
         self.eval()  # no jitter

@@ -46,25 +46,14 @@ class HashRouter(TopKRouter):
     .. math:: e_1..e_K = \mathrm{table}[\text{token id}], \quad w_k = \frac{1}{K} \quad \text{or}
               \quad w_k = \gamma \, s_{e_k} \Big/ \sum_j s_{e_j}
 
-    Args:
-        d_model, n_experts, top_k: D, E and K.
-        vocab_size: number of token ids.
+    Args, besides ``TopKRouter``'s for learned weights (DeepSeek-V4: "sqrt_softplus", True and 1.5):
+        vocab_size: number of token ids; ``table`` (vocab_size, K) int64 is a buffer.
         frequencies: (vocab_size,) how often each id occurs; the table then balances occurrences.
         seed: of the table; the same seed gives the same table everywhere.
         weights: "uniform", 1/K, the hash layer as published: no parameter, logits of 0, scores of
             1/E. "learned": a router weighs the experts, as in DeepSeek-V4's first layers.
-        score_func, norm_topk_prob, norm_eps, routed_scaling_factor: of learned weights, see
-            ``TopKRouter``; DeepSeek-V4 has "sqrt_softplus", True and 1.5.
-        capacity_factor: see ``Router``.
 
-    Attributes:
-        table: (vocab_size, K) int64, a buffer.
-
-    Raises:
-        ValueError: an argument is out of range.
-
-    Source: Roller et al. 2021 (arXiv 2106.04426), balanced hash; DeepSeek-V4's table ``tid2eid`` in
-    transformers.
+    Source: Roller et al. 2021 (arXiv 2106.04426), balanced hash; ``tid2eid`` of DeepSeek-V4.
     """
 
     Options = HashOptions
@@ -72,7 +61,7 @@ class HashRouter(TopKRouter):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         if self.weights == "uniform":
-            self.weight = None
+            self.weight = None  # nothing to learn: it would never get a gradient
 
     def initial_state(self) -> dict[str, Tensor]:
         """The table."""
@@ -87,9 +76,8 @@ class HashRouter(TopKRouter):
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids=None) -> Routing:
         """Route tokens (B, N, D) by their ids (B, N); what stands at padding is not read.
 
-        Raises:
-            ValueError: token_ids is missing, or a shape or dtype does not fit.
-            IndexError: an id is not in [0, vocab_size) (on the CPU; a GPU stops with an assertion).
+        Raises ValueError where token_ids is missing or does not fit, IndexError where an id is not
+        in [0, vocab_size) (on the CPU; a GPU stops with an assertion).
         """
         self.require_tokens(x)
         B, N, _D = x.shape
@@ -107,9 +95,8 @@ class HashRouter(TopKRouter):
             logits_BNE = self.logits(x)
             scores_BNE = self.scores_of(logits_BNE)
             weights_BNK = self.weigh(logits_BNE, scores_BNE, indices_BNK)
-        routing = self.routing(
-            indices_BNK, weights_BNK, logits_BNE, scores_BNE, padding_mask, normalized=uniform
-        )
+        choice = indices_BNK, weights_BNK, logits_BNE, scores_BNE, padding_mask
+        routing = self.routing(*choice, normalized=uniform)
         return self.limit_capacity(routing)  # there is no loss: nothing here is learned but weights
 
     def _require_ids(self, token_ids: Tensor | None, x: Tensor) -> None:
@@ -147,14 +134,8 @@ def balanced_table(
 ) -> Tensor:
     """(vocab_size, K) int64: the most frequent id first, each to the K experts with least to do.
 
-    Args:
-        frequencies: how often each id occurs; None: equally often, so that the numbers of ids per
-            expert differ by 1 at most.
-        seed: decides between ids equally frequent and experts equally busy.
-
-    Raises:
-        ValueError: an argument is out of range, see ``HashRouter``.
-
+    ``frequencies`` None: equally often. ``seed`` decides between ids equally frequent and experts
+    equally busy. Raises ValueError where an argument is out of range.
     Source: Roller et al. 2021 (arXiv 2106.04426), the balanced assignment.
     """
     HashOptions(1, n_experts, top_k, vocab_size=vocab_size, frequencies=frequencies, seed=seed)
@@ -167,6 +148,6 @@ def balanced_table(
     for token in ids:
         least = [heapq.heappop(busy) for _ in range(top_k)]
         table[token] = [expert for _, _, expert in least]
-        for load, _, expert in least:
-            heapq.heappush(busy, (load + often[token], lot.random(), expert))
+        for occurrences, _, expert in least:
+            heapq.heappush(busy, (occurrences + often[token], lot.random(), expert))
     return torch.tensor(table, dtype=torch.int64)

@@ -40,24 +40,13 @@ class LossFreeRouter(TopKRouter):
     .. math:: e_1..e_K = \mathrm{topk}(s + b), \quad w_k = \gamma \, s_{e_k} \Big/ \sum_j s_{e_j},
               \quad b_e \leftarrow b_e + u \, \mathrm{sign}(\bar c - c_e)
 
-    c counts the slots that asked for an expert, before capacity and without padding.
+    c is the load, before capacity and without padding; b is ``expert_bias`` (E,), a float32 buffer.
 
-    Args:
-        d_model, n_experts, top_k: D, E and K.
-        bias_update: "sign", or "proportional", which steps by the relative violation
-            :math:`u (\bar c - c_e) / \bar c`, so that u means the same at any batch size.
-        bias_update_rate: u; the papers use 0.001, and 0 at the end of training. An attribute one
-            may change.
+    Args, besides ``TopKRouter``'s (DeepSeek-V3: gamma = 2.5, and 4 of 8 groups):
+        bias_update: "sign", or "proportional", which steps by the relative violation :math:`u (\bar
+            c - c_e) / \bar c`, so that u means the same at any batch size.
+        bias_update_rate: u; 0.001 in the papers, and 0 at the end of training: it may be changed.
         sequence_loss_weight: coefficient of ``losses.sequence_balance`` (DeepSeek-V3: 0.0001).
-        score_func, norm_topk_prob, norm_eps, routed_scaling_factor, n_groups, topk_groups,
-            group_score: see ``TopKRouter``. DeepSeek-V3 has gamma = 2.5, and 4 of 8 groups.
-        capacity_factor, z_loss_weight, jitter_noise: see ``Router``.
-
-    Attributes:
-        expert_bias: b (E,), a float32 buffer. ``update`` changes it, forward never does.
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Source: Wang et al. 2024 (arXiv 2408.15664), algorithm 1, and its section on variants for the
     step without the sign; DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
@@ -75,7 +64,7 @@ class LossFreeRouter(TopKRouter):
 
     @torch.no_grad()
     def update(self, routings: Sequence[Routing]) -> None:
-        """Move the bias by one step. See ``Router.update``."""
+        """Move the bias by one step."""
         counts_E = load_over_ranks(routings, self.expert_bias)
         total = counts_E.sum()
         # E (mean - c_e), still an integer: no rounding can turn its sign.

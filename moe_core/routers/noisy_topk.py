@@ -38,24 +38,14 @@ class NoisyTopKRouter(Router):
               \quad \sigma_e = \mathrm{softplus}\big((x W_n^\top)_e\big) + \sigma_{min},
               \quad w = \mathrm{softmax}(\mathrm{topk}(H))
 
-    with :math:`\epsilon` standard normal, in training only. Both weights start at zero: at first
-    noise alone decides, evenly. ``Routing.logits`` and ``scores`` are without noise.
+    with :math:`\epsilon` standard normal, in training only; ``Routing.logits`` and ``scores`` are
+    without it. W_g and W_n, ``weight`` and ``noise_weight`` (E, D), start at zero: noise alone
+    decides, evenly. ``losses.importance`` of the weights and ``losses.load`` of ``probabilities``
+    keep the experts alike. With K = 1 the weight is 1, and only losses train the router.
 
-    Two losses keep the experts alike: ``losses.importance`` of the weights, and ``losses.load`` of
-    ``probabilities``, which have a gradient where a count has none. In eval the load is the count.
-
-    Args:
-        d_model, n_experts, top_k: D, E and K. With K = 1 the weight is 1, and only losses train.
-        noise_epsilon: sigma_min, above 0, so that noise never vanishes. The paper has none, its
-            code (tensor2tensor) has 0.01.
+    Args, besides ``Router``'s:
+        noise_epsilon: sigma_min, above 0, so that noise never vanishes; 0.01 in tensor2tensor.
         importance_loss_weight, load_loss_weight: coefficients of the two losses.
-        capacity_factor, aux_loss_weight, z_loss_weight: see ``Router``.
-
-    Attributes:
-        weight, noise_weight: W_g and W_n, (E, D).
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538), eq. 3-11, appendix A (zeros).
     """
@@ -80,10 +70,7 @@ class NoisyTopKRouter(Router):
             return F.softplus(spread_BNE) + self.noise_epsilon
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids=None) -> Routing:
-        """Route tokens (B, N, D); K slots per token, the highest (noisy) logit first.
-
-        See ``Router``.
-        """
+        """Route tokens (B, N, D); K slots per token, the highest (noisy) logit first."""
         logits_BNE = noisy_BNE = self.logits(x)
         std_BNE = self.noise_std(x) if self.training else None
         if std_BNE is not None:
@@ -91,14 +78,14 @@ class NoisyTopKRouter(Router):
         indices_BNK = noisy_BNE.detach().topk(self.top_k, dim=-1).indices
         weights_BNK = torch.softmax(noisy_BNE.gather(-1, indices_BNK), dim=-1)
         scores_BNE = torch.softmax(logits_BNE, dim=-1)
-        routing = self.routing(
-            indices_BNK, weights_BNK, logits_BNE, scores_BNE, padding_mask, normalized=True
-        )
+        choice = indices_BNK, weights_BNK, logits_BNE, scores_BNE, padding_mask
+        routing = self.routing(*choice, normalized=True)
         routing = self.add_losses(self.limit_capacity(routing))
         if self.importance_loss_weight > 0:
             loss = self.importance_loss_weight * losses.importance(routing)
             routing = routing.with_losses(importance=loss)
         if self.load_loss_weight > 0:
+            # These have a gradient, where a count has none; in eval, without noise, 0 or 1.
             probability_BNE = probabilities(logits_BNE, noisy_BNE, std_BNE, indices_BNK)
             loss = self.load_loss_weight * losses.load(routing, probability_BNE)
             routing = routing.with_losses(load=loss)
@@ -108,29 +95,20 @@ class NoisyTopKRouter(Router):
 def probabilities(
     logits_BNE: Tensor, noisy_BNE: Tensor, std_BNE: Tensor | None, indices_BNK: Tensor
 ) -> Tensor:
-    r"""The chance that each expert is among the K, if its own noise (only) is drawn again.
+    r"""The chance (B, N, E) that each expert is among the K, if its own noise is drawn again.
 
     .. math:: P(x, e) = \Phi\!\left(
               \frac{(x W_g^\top)_e - \mathrm{kth\_excluding}(H, K, e)}{\sigma_e}\right)
 
-    kth_excluding is the K-th largest of the other noisy logits: the (K+1)-th of all if e is among
-    the K, else the K-th. All three are logits; comparing them with softmaxed values is a known bug
-    (davidmrau/mixture-of-experts, issue 31).
-
-    Args:
-        logits_BNE, noisy_BNE: without and with noise.
-        std_BNE: the noise's standard deviation; None (no noise) gives 0 or 1.
-        indices_BNK: the K chosen.
-
-    Returns:
-        (B, N, E); with K = E everywhere 1.
-
+    ``std_BNE`` is sigma, or None without noise: then 0 or 1.
     Source: Shazeer et al. 2017 (arXiv 1701.06538), eq. 8-9.
     """
     chosen_BNE = torch.zeros_like(logits_BNE, dtype=torch.bool).scatter(-1, indices_BNK, True)
     K, E = indices_BNK.shape[-1], logits_BNE.shape[-1]
     if std_BNE is None or K == E:
         return chosen_BNE.to(logits_BNE.dtype)
+    # The K-th largest of the others: the (K+1)-th of all if e is among the K, else the K-th. Logits
+    # all of them: softmaxed values here are a known bug (davidmrau/mixture-of-experts, issue 31).
     top_BNk = noisy_BNE.topk(K + 1, dim=-1).values
-    threshold_BNE = torch.where(chosen_BNE, top_BNk[..., K : K + 1], top_BNk[..., K - 1 : K])
-    return torch.special.ndtr((logits_BNE - threshold_BNE) / std_BNE)
+    others_BNE = torch.where(chosen_BNE, top_BNk[..., K : K + 1], top_BNk[..., K - 1 : K])
+    return torch.special.ndtr((logits_BNE - others_BNE) / std_BNE)

@@ -40,24 +40,14 @@ class QuantileBalancingRouter(TopKRouter):
 
     alpha is what a token asks of an expert, beta what an expert asks of a token: prices of the
     linear programme "best total score with K experts per token and TK/E tokens per expert", lowered
-    by turns. Only beta is kept. It changes the choice, never a weight, and carries no gradient.
+    by turns. Only beta is kept, in the float32 buffer ``beta`` (E,). It changes the choice, never a
+    weight. Forward uses the beta of earlier steps, in training too, so the router is causal.
 
-    Forward uses the beta of earlier steps, in training and in eval: a token's route depends on that
-    token alone, so the router is causal.
-
-    Args:
-        d_model, n_experts, top_k: D, E and K. With K = E there is nothing to balance.
+    Args, besides ``Router``'s:
         score_func: "sigmoid" or "softmax": the s above.
         norm_topk_prob: the K weights sum to 1; with K = 1 no gradient then reaches the router.
         ema_decay: beta <- ema_decay * beta + (1 - ema_decay) * new; 0 is the published default.
         n_alternations: how often alpha and beta take turns in one update.
-        capacity_factor, z_loss_weight, jitter_noise: see ``Router``. Beta does a loss's work.
-
-    Attributes:
-        beta: (E,) float32, a buffer that only ``update`` changes. Zeros at first: plain top-k.
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Source: Su 2026, kexue.fm/archives/11619; one update per optimiser step, EMA and centring as in
     Megatron-LM PR 5349. Scores, not logits, are balanced as in Kimi K3 (torchtitan PR 4577).
@@ -88,12 +78,10 @@ class QuantileBalancingRouter(TopKRouter):
 
     @torch.no_grad()
     def update(self, routings: Sequence[Routing]) -> None:
-        """Solve for beta once, on the tokens of all micro-batches together. See ``Router.update``.
-
-        Ranks solve for themselves and average by their numbers of tokens.
-        """
-        if self.top_k == self.n_experts:
+        """Solve for beta once, on the tokens of all micro-batches together."""
+        if self.top_k == self.n_experts:  # nothing to balance
             return
+        # Ranks solve for themselves and average by their numbers of tokens.
         totals = self.beta.new_zeros(self.n_experts + 1)
         if sum(routing.real_tokens.numel() for routing in routings):
             scores_TE = torch.cat([routing.scores.flatten(0, 1) for routing in routings])

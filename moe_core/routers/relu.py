@@ -43,18 +43,10 @@ class ReLURouter(Router):
     token may take no expert: its output is then 0. There is no capacity: a token takes about E/2
     experts at the start, which needs memory for that many, and k once lambda has grown.
 
-    Args:
-        d_model, n_experts: D and E.
+    Args, besides ``Router``'s:
         expansion: k, the mean number of experts per token to steer to, above 0 and at most E.
-        l1_weight: lambda at the start.
+        l1_weight: lambda at the start; ``l1_coefficient``, a float32 buffer, is lambda now.
         l1_multiplier: the factor 1.2 by which lambda changes in each ``update``.
-        z_loss_weight, jitter_noise: see ``Router``.
-
-    Attributes:
-        l1_coefficient: lambda now, a float32 buffer; each router has its own.
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Source: Wang et al. 2024 (ReMoE, arXiv 2412.14711); lambda's rule as in the authors' code.
     """
@@ -67,20 +59,11 @@ class ReLURouter(Router):
         return {"l1_coefficient": torch.tensor(self.l1_weight, dtype=torch.float32)}
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids=None) -> Routing:
-        """Route tokens (B, N, D); K = E slots, selected where the logit is positive.
-
-        See ``Router``.
-        """
+        """Route tokens (B, N, D); K = E slots, selected where the logit is positive."""
         logits_BNE = self.logits(x)
         weights_BNE = torch.relu(logits_BNE)
-        routing = self.routing(
-            self.every_expert(x),
-            weights_BNE,
-            logits_BNE,
-            weights_BNE,
-            padding_mask,
-            selected_BNK=logits_BNE > 0,
-        )
+        choice = self.every_expert(x), weights_BNE, logits_BNE, weights_BNE, padding_mask
+        routing = self.routing(*choice, selected_BNK=logits_BNE > 0)
         return self.add_losses(routing)
 
     def add_losses(self, routing: Routing) -> Routing:
@@ -90,17 +73,15 @@ class ReLURouter(Router):
 
     @torch.no_grad()
     def update(self, routings: Sequence[Routing]) -> None:
-        """Raise lambda when the step's tokens took too many experts, else lower it.
-
-        See ``Router.update``; without a token nothing changes.
-        """
+        """Raise lambda when the step's tokens took too many experts, else lower it."""
         counts_2 = torch.zeros(2, dtype=torch.int64, device=self.weight.device)
         for routing in routings:
             counts_2 += torch.stack([routing.selected_mask.sum(), routing.real_tokens.sum()])
         selected, tokens = sum_over_ranks(counts_2)
         too_many = selected.double() > self.expansion * tokens.double()
         factor = torch.where(too_many, self.l1_multiplier, 1 / self.l1_multiplier)
-        factor = torch.where(tokens > 0, factor, 1.0).to(self.l1_coefficient.dtype)
+        factor = torch.where(tokens > 0, factor, 1.0)  # a step without a token says nothing
+        factor = factor.to(self.l1_coefficient.dtype)
         if self.l1_weight > 0:
             # Where float32 can still multiply by 1.2, so that lambda always finds its way back.
             self.l1_coefficient.mul_(factor).clamp_(1e-20, 1e20)

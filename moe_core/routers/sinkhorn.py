@@ -34,22 +34,14 @@ class SinkhornRouter(Router):
               \quad \sum_e \pi_{t,e} = \tfrac{1}{T}, \quad \sum_t \pi_{t,e} = \tfrac{1}{E},
               \qquad e_1..e_K = \mathrm{topk}(\pi_t)
 
-    The plan carries no gradient. Since u scales whole rows, the choice is topk(h + log v): Sinkhorn
-    finds a bias per expert for this batch. Weights are sigmoid(h) when K = 1, else softmax(h) over
-    all experts, not renormalised. The plan is balanced; its top-k is only about as well balanced.
+    Weights are sigmoid(h) when K = 1, else softmax(h) over all experts, not renormalised. The plan
+    is balanced and has no gradient; its top-k is only about as well balanced. In training a token's
+    route depends on the whole batch, later tokens included. Eval is plain top-k of the logits:
+    causal, and not balanced.
 
-    In training a token's route depends on the whole batch, later tokens included. Eval is plain
-    top-k of the logits: causal, and not balanced.
-
-    Args:
-        d_model, n_experts, top_k: D, E and K.
+    Args, besides ``Router``'s:
         tolerance: stop when no log v changes by more. Each look synchronises with a GPU; 0: none.
         max_rounds: stop at the latest after so many rounds.
-        capacity_factor, z_loss_weight, jitter_noise: see ``Router``. No balance loss: the plan
-            balances.
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Source: Clark et al. 2022 (arXiv 2202.01169), S-BASE; weights and eval as in Megatron-LM's
     sinkhorn routing, whose exp(h) overflows for h > 88; here everything is a logarithm.
@@ -58,16 +50,14 @@ class SinkhornRouter(Router):
     Options = SinkhornOptions
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids=None) -> Routing:
-        """Route tokens (B, N, D); K slots per token, the largest share of the plan first.
-
-        See ``Router``.
-        """
+        """Route tokens (B, N, D); K slots per token, the largest share of the plan first."""
         logits_BNE = self.logits(x)
         ranked_by_BNE = logits_BNE.detach()
         if self.training:
             real_T = checked_padding_mask(padding_mask, x).flatten()
             stop = {"tolerance": self.tolerance, "max_rounds": self.max_rounds}
             _, log_v_E = sinkhorn(ranked_by_BNE.flatten(0, 1), real_T, **stop)
+            # u scales whole rows, so v alone orders the experts: a bias per expert for this batch.
             ranked_by_BNE = ranked_by_BNE + log_v_E
         indices_BNK = ranked_by_BNE.topk(self.top_k, dim=-1).indices
         scores_BNE = logits_BNE.sigmoid() if self.top_k == 1 else logits_BNE.softmax(-1)
@@ -86,9 +76,8 @@ def sinkhorn(
     .. math:: u_t \leftarrow \frac{1}{T \sum_e e^{h_{t,e}} v_e},
               \qquad v_e \leftarrow \frac{1}{E \sum_t u_t e^{h_{t,e}}}
 
-    Returns:
-        log u (T,), -inf for padding, and log v (E,) with mean 0. The plan is exp(h + log u + log v),
-        rows exact, columns to the tolerance. log v is 0 when there is no real token.
+    log u (T,), -inf for padding, and log v (E,) with mean 0. The plan is exp(h + log u + log v):
+    rows are exact, columns to the tolerance. log v is 0 when there is no real token.
     """
     E = logits_TE.shape[-1]
     log_share = -real_T.sum().clamp(min=1).to(logits_TE.dtype).log()
@@ -101,7 +90,6 @@ def sinkhorn(
         log_v_E = torch.where(real_T.any(), log_v_E, 0)
         if tolerance > 0 and (log_v_E - before_E).abs().max() <= tolerance:
             break
-    log_v_E = (
-        log_v_E - log_v_E.mean()
-    )  # u and v are known but for a factor they can lend each other
+    # u and v are known but for a factor that they can lend each other.
+    log_v_E = log_v_E - log_v_E.mean()
     return log_share_T - torch.logsumexp(logits_TE + log_v_E, dim=-1), log_v_E

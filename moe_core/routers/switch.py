@@ -22,14 +22,7 @@ class SwitchRouter(TopKRouter):
 
     .. math:: p = \mathrm{softmax}(h), \quad e = \arg\max p, \quad w = p_e
 
-    Args:
-        d_model, n_experts: D and E. K is 1.
-        capacity_factor: 1.25 in training and 2 in eval unless told otherwise; see ``Router``.
-        aux_loss_weight, z_loss_weight, jitter_noise: see ``Router``; 0.01, 0 and 0.01.
-
-    Raises:
-        ValueError: an argument is out of range.
-
+    The capacity factor is 1.25 in training and 2 in eval unless told otherwise.
     Source: Fedus et al. 2021 (arXiv 2101.03961), sections 2.1, 2.2 and 2.4; the factors as in its
     authors' configuration files.
     """

@@ -23,11 +23,9 @@ def ceil_share(count, share: Fraction):
 
 @torch.no_grad()
 def take_best(ranked_by_PSE: Tensor, real_PS: Tensor, count_PE: Tensor) -> Tensor:
-    """(P, S, E) bool: each expert's ``count_PE`` best of the S tokens of each of P pools.
-
-    All real tokens where there are fewer. Reads no tensor on the host.
-    """
+    """(P, S, E) bool: each expert's ``count_PE`` best of the S tokens of each of P pools."""
     count_PE = torch.minimum(count_PE, real_PS.sum(-1, keepdim=True))
+    # Padding comes last. A mask by rank and no topk: that would read the count on the host.
     ranked_by_PSE = ranked_by_PSE.masked_fill(~real_PS.unsqueeze(-1), -torch.inf)
     # Stable: ties go to the earlier token, the same one when a checkpointed forward runs again.
     order_PSE = ranked_by_PSE.argsort(dim=1, descending=True, stable=True)

@@ -1,4 +1,4 @@
-"""TopKRouter: each token takes the K experts it likes best. Published routers differ by options."""
+"""TopKRouter: each token takes the K experts it likes best. Published ones differ by options."""
 
 from dataclasses import KW_ONLY, dataclass
 
@@ -72,26 +72,18 @@ class TopKRouter(Router):
     .. math:: s = \mathrm{score}(h), \quad e_1..e_K = \mathrm{topk}(s + b),
         \quad w_k = \gamma \, s_{e_k} \Big/ \Big(\sum_j s_{e_j} + \epsilon\Big)
 
-    Args:
-        d_model, n_experts, top_k: D, E and K.
+    Args, besides ``Router``'s:
         score_func: "softmax" over the experts, or "sigmoid" or "sqrt_softplus" of each logit.
-        score_after_topk: True selects by logit and scores the K chosen logits as if the others were
-            -inf. ``Routing.scores`` holds all E scores either way: a loss that saw only the chosen
-            ones would give the others no gradient.
+        score_after_topk: select by logit and score the K chosen as if the others were -inf.
         norm_topk_prob: divide by the sum over the K chosen. With top_k=1 that leaves w = gamma
             whatever the router does, and no gradient reaches it: use False there.
         norm_eps, routed_scaling_factor: epsilon and gamma.
         bias: learn a bias of the logits, h = x W^T + ``bias``.
-        expert_bias: have the b of the formula, a float32 buffer (E,), zero at first. It selects and
-            does nothing else: logits, scores and weights never hold it, and it has no gradient.
+        expert_bias: have the b of the formula, a float32 buffer (E,), zero at first.
         n_groups, topk_groups: the experts stand in n_groups groups of neighbours, and a token
             chooses inside its topk_groups best.
         group_score: of a group's (biased) scores, the "max" or the sum of the best two, "top2_sum".
         weights_on: what a weight multiplies, the expert's "output" or its "input".
-        capacity_factor, aux_loss_weight, z_loss_weight, jitter_noise: see ``Router``.
-
-    Raises:
-        ValueError: an argument is out of range, or the groups do not fit E and K.
 
     Source: Shazeer et al. 2017 (arXiv 1701.06538); renormalised as in Mixtral (arXiv 2401.04088);
     groups as in DeepSeek-V2 (arXiv 2405.04434, section 2.2.2); sigmoid, selection bias and top2_sum
@@ -103,7 +95,7 @@ class TopKRouter(Router):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         self.bias = nn.Parameter(torch.zeros(self.n_experts)) if self.options.bias else None
-        if not self.options.expert_bias:
+        if not self.options.expert_bias:  # else it is the buffer of initial_state
             self.expert_bias = None
 
     def initial_state(self) -> dict[str, Tensor]:
@@ -117,20 +109,16 @@ class TopKRouter(Router):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids=None) -> Routing:
-        """Route tokens (B, N, D); K slots per token, the best expert first. See ``Router``."""
+        """Route tokens (B, N, D); K slots per token, the best expert first."""
         logits_BNE = self.logits(x)
+        # All E scores, also where only the K chosen are used: a loss that saw only these would give
+        # the others no gradient.
         scores_BNE = self.scores_of(logits_BNE)
         indices_BNK = self.select(logits_BNE if self.score_after_topk else scores_BNE)
         weights_BNK = self.weigh(logits_BNE, scores_BNE, indices_BNK)
-        routing = self.routing(
-            indices_BNK,
-            weights_BNK,
-            logits_BNE,
-            scores_BNE,
-            padding_mask,
-            normalized=self.sums_to_one,
-            weights_on=self.weights_on,
-        )
+        choice = indices_BNK, weights_BNK, logits_BNE, scores_BNE, padding_mask
+        promises = {"normalized": self.sums_to_one, "weights_on": self.weights_on}
+        routing = self.routing(*choice, **promises)
         routing = self.limit_capacity(routing)
         return self.add_losses(routing)
 
@@ -139,7 +127,7 @@ class TopKRouter(Router):
         return self.expert_bias
 
     def logits(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, E) in float32 at least; see ``Router.logits``."""
+        """As ``Router.logits``, plus the bias."""
         logits_BNE = super().logits(x)
         return logits_BNE if self.bias is None else logits_BNE + self.bias.to(logits_BNE.dtype)
 
@@ -175,8 +163,8 @@ class TopKRouter(Router):
 
     @property
     def sums_to_one(self) -> bool:
-        """True where the K weights sum to 1 for every input."""
-        # A sigmoid may underflow for all K, and a bias may select experts whose softmax does.
+        # For every input: a sigmoid may underflow for all K, and a bias may select experts whose
+        # softmax does.
         if self.routed_scaling_factor != 1 or self.score_func != "softmax":
             return False
         if self.norm_topk_prob and self.norm_eps > 1e-6:
@@ -208,11 +196,8 @@ def groups_fit(
         raise ValueError(f"topk_groups={topk_groups} must be between 1 and n_groups={n_groups}")
     size = n_experts // n_groups
     if top_k > topk_groups * size:
-        raise ValueError(
-            f"top_k={top_k} must be at most {topk_groups * size}, "
-            f"the experts in topk_groups={topk_groups} groups of {size}"
-        )
+        most = f"{topk_groups * size}, the experts in topk_groups={topk_groups} groups of {size}"
+        raise ValueError(f"top_k={top_k} must be at most {most}")
     if n_groups > 1 and group_score == "top2_sum" and size < 2:
-        raise ValueError(
-            f"n_groups={n_groups} leaves {size} expert a group, group_score='top2_sum' needs 2"
-        )
+        needs = "group_score='top2_sum' needs 2"
+        raise ValueError(f"n_groups={n_groups} leaves {size} expert a group, {needs}")

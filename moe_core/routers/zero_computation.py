@@ -31,19 +31,16 @@ class ZeroComputationOptions(TopKOptions, fixed=_FIXED):
         whole(0, n_zero_experts=self.n_zero_experts, n_copy_experts=self.n_copy_experts)
         whole(0, n_constant_experts=self.n_constant_experts)
         if sum(self.cheap_experts) == 0:
-            raise ValueError(
-                "n_zero_experts, n_copy_experts and n_constant_experts must not all be 0"
-            )
+            three = "n_zero_experts, n_copy_experts and n_constant_experts"
+            raise ValueError(f"{three} must not all be 0")
         super().__post_init__()
         at_least(0, ffn_ratio=self.ffn_ratio, bias_update_rate=self.bias_update_rate)
         if self.ffn_ratio == 0:
             raise ValueError(f"ffn_ratio={self.ffn_ratio!r} must be above 0")
         mean, most = self.mean_ffn_experts, min(self.top_k, self.n_experts)
         if (self.bias_update_rate > 0) != (mean is not None):
-            raise ValueError(
-                f"mean_ffn_experts={mean!r} must be given exactly when "
-                f"bias_update_rate={self.bias_update_rate!r} is above 0"
-            )
+            needed = f"given exactly when bias_update_rate={self.bias_update_rate!r} is above 0"
+            raise ValueError(f"mean_ffn_experts={mean!r} must be {needed}")
         if mean is not None:
             at_least(0, mean_ffn_experts=mean)
             if mean > most:
@@ -51,12 +48,10 @@ class ZeroComputationOptions(TopKOptions, fixed=_FIXED):
 
     @property
     def cheap_experts(self) -> tuple[int, int, int]:
-        """Z in three parts: zero, copy and constant experts."""
         return self.n_zero_experts, self.n_copy_experts, self.n_constant_experts
 
     @property
     def total_experts(self) -> int:
-        """E + Z."""
         return self.n_experts + sum(self.cheap_experts)
 
 
@@ -66,39 +61,25 @@ class ZeroComputationRouter(TopKRouter):
     .. math:: p = \mathrm{softmax}(h) \in \mathbb{R}^{E+Z}, \quad e_1..e_K = \mathrm{topk}(p + b),
         \quad w_k = p_{e_k} \Big/ \sum_j p_{e_j}
 
-    The order is feed-forward, zero, copy, constant; ``ZeroComputationExperts`` says what the last
-    three compute. There is no capacity. Two ways steer how much is computed. A balance loss with a
-    ratio tau between the two kinds, the idea of MoE++; this form, 1 at the loads it asks for, is
-    ours:
+    The order is feed-forward, zero, copy, constant; there is no capacity. Two ways steer how much
+    is computed. A balance loss with a ratio tau, the idea of MoE++ (this form is ours), or the
+    selection bias of LongCat-Flash, where s_e is the share of slots that chose a feed-forward
+    expert e:
 
     .. math:: L = \sum_e \frac{f_e P_e}{\pi_e},
-        \quad \pi_e \propto \tau \text{ (feed-forward)}, \; 1 \text{ (the others)}
+        \quad \pi_e \propto \tau \text{ (feed-forward)}, \; 1 \text{ (the others)},
+        \qquad b_e \leftarrow b_e + \mu \Big( \frac{K_e}{K E} - s_e \Big)
 
-    And the selection bias of LongCat-Flash, for the feed-forward experts only, where s_e is the
-    share of slots that chose e:
-
-    .. math:: b_e \leftarrow b_e + \mu \Big( \frac{K_e}{K E} - s_e \Big)
-
-    Args:
-        d_model, n_experts, top_k: D, E (the feed-forward experts) and K <= E + Z.
+    Args, besides ``Router``'s (``n_experts`` is E there, and E + Z as an attribute):
         n_zero_experts, n_copy_experts, n_constant_experts: Z in three parts, at least one in all.
         norm_topk_prob: divide by the sum over the K chosen; LongCat-Flash does not.
         ffn_ratio: tau, slots of a feed-forward expert for each slot of a cheap one.
         bias_update_rate: mu; 0 leaves the bias at 0.
         mean_ffn_experts: K_e, feed-forward experts per token to steer to; given with mu > 0 only.
-        aux_loss_weight: coefficient of the balance loss above.
-        z_loss_weight, jitter_noise: see ``Router``.
-
-    Attributes:
-        n_ffn_experts, n_experts: E, and E + Z.
-        expert_bias: b, (E + Z,) float32.
-
-    Raises:
-        ValueError: an argument is out of range.
 
     Source: Jin et al. 2024 (MoE++, arXiv 2410.07348), without its gating residual between layers;
-    LongCat-Flash (arXiv 2509.01322), where all of Z are copies, for the bias (its formula from an
-    account of the paper).
+    LongCat-Flash (arXiv 2509.01322), where all of Z are copies (its formula from an account of the
+    paper).
     """
 
     Options = ZeroComputationOptions
@@ -109,7 +90,6 @@ class ZeroComputationRouter(TopKRouter):
 
     @property
     def n_ffn_experts(self) -> int:
-        """E, the experts that compute something."""
         return self.options.n_experts
 
     def expected_share(self) -> Tensor:
@@ -130,15 +110,13 @@ class ZeroComputationRouter(TopKRouter):
 
     @torch.no_grad()
     def update(self, routings: Sequence[Routing]) -> None:
-        """Move each feed-forward expert's bias towards its share of the slots.
-
-        See ``Router.update``; without a token nothing changes.
-        """
+        """Move each feed-forward expert's bias towards its share of the slots, if there is one."""
         if self.bias_update_rate == 0:
             return
         counts_E = load_over_ranks(routings, self.expert_bias)
         share_E = counts_E.double() / counts_E.sum().clamp(min=1)
         missing_E = self.mean_ffn_experts / (self.top_k * self.n_ffn_experts) - share_E
-        missing_E[self.n_ffn_experts :] = 0
+        missing_E[self.n_ffn_experts :] = 0  # the cheap ones take what is left
+        # Without a token nothing changes; a product, because an if would synchronise.
         step_E = self.bias_update_rate * missing_E * (counts_E.sum() > 0)
         self.expert_bias += step_E.to(self.expert_bias.dtype)

@@ -32,8 +32,6 @@ from .roofline import (
 )
 from .spec import LayerSpec, ModelSpec
 
-ModelSpec.from_hf, ModelSpec.from_lm = staticmethod(from_hf), staticmethod(from_lm)  # scratch only
-
 __all__ = [
     "ACCELERATORS",
     "Accelerator",
@@ -62,6 +60,8 @@ __all__ = [
     "distinct_experts",
     "expert_roofline",
     "forward_flops",
+    "from_hf",
+    "from_lm",
     "intensity",
     "kv_cache_bytes",
     "kv_cache_bytes_per_token",

@@ -343,7 +343,11 @@ SPEC_FAMILIES: dict[str, Callable[[_Values], ModelSpec]] = {
 
 
 def from_hf(config) -> ModelSpec:
-    """See ``ModelSpec.from_hf``."""
+    """The spec of a Hugging Face config: an object of transformers, or the dict of a config.json.
+
+    Raises:
+        ValueError: its model_type is none of ``SPEC_FAMILIES``, or a value is missing or unknown.
+    """
     values = _Values(config)
     if values.model_type not in SPEC_FAMILIES:
         raise ValueError(

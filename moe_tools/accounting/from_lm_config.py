@@ -11,7 +11,7 @@ from .spec import ModelSpec
 
 
 def from_lm(config: LMConfig) -> ModelSpec:
-    """See ``ModelSpec.from_lm``."""
+    """The spec of a ``moe_core.LanguageModel``, from its config."""
     moe = None if config.moe is None else moe_spec(config.moe)
     dense = None if config.moe is not None else DenseSpec(config.d_ff, config.glu)
     attention = AttentionSpec(config.n_heads, config.n_heads, config.d_model // config.n_heads)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import moe_core
-from moe_tools.accounting import ModelSpec, forward_flops, kv_cache_bytes
+from moe_tools.accounting import forward_flops, from_hf, kv_cache_bytes
 from moe_tools.accounting.from_hf_config import SPEC_FAMILIES
 from moe_tools.accounting.published import MODELS
 
@@ -365,18 +365,18 @@ def test_every_family_that_can_be_read_is_tested():
 )
 def test_a_small_model_of_every_family_has_the_parameters_counted(model_type, i):
     config = hf_config(model_type, {**SMALL, **MODELLED[model_type][3][i]})
-    spec = ModelSpec.from_hf(config)
+    spec = from_hf(config)
     assert spec.total_params == counted(model_type, config)
     assert spec.n_layers == 6 and 0 < len(spec.moe_layers) <= 6
     assert (
-        ModelSpec.from_hf(json.loads(json.dumps(config.to_dict()))) == spec
+        from_hf(json.loads(json.dumps(config.to_dict()))) == spec
     )  # as it stands in a config.json
 
 
 @pytest.mark.parametrize("model_type", RELEASED)
 def test_a_released_model_at_full_size_is_the_one_published(model_type):
     config = hf_config(model_type, {})
-    spec = ModelSpec.from_hf(config)
+    spec = from_hf(config)
     assert (
         spec.total_params
         == counted(model_type, config)
@@ -389,7 +389,7 @@ def test_a_released_model_at_full_size_is_the_one_published(model_type):
 def test_a_released_model_whose_config_is_not_the_default(name):
     model_type, changes = CHANGED[name]
     config = hf_config(model_type, changes)
-    spec = ModelSpec.from_hf(config)
+    spec = from_hf(config)
     assert spec.total_params == counted(model_type, config) == MODELS[name].total_params
     assert spec.active_params == MODELS[name].active_params
 
@@ -430,7 +430,7 @@ def test_forward_flops_are_those_of_the_model_that_transformers_runs(model_type,
     model, tokens = drawn(model_type, config), torch.arange(18).view(2, 9)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(tokens, use_cache=False)
-    flops = forward_flops(ModelSpec.from_hf(config), 9, causal=False)
+    flops = forward_flops(from_hf(config), 9, causal=False)
     # it weights the experts' outputs with products of elements, which torch does not count
     assert 18 * (flops.matrices + flops.scores) == counter.get_total_flops()
 
@@ -446,14 +446,14 @@ def test_the_cache_is_the_one_that_transformers_fills(model_type, changes):
             torch.arange(18).view(2, 9), use_cache=True
         ).past_key_values
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert held == 2 * kv_cache_bytes(ModelSpec.from_hf(config), 9, bytes_per_number=4)
+    assert held == 2 * kv_cache_bytes(from_hf(config), 9, bytes_per_number=4)
 
 
 def test_a_config_with_several_models_is_read_for_its_text():
     text = hf_config("llama4_text", {}).to_dict()
-    assert ModelSpec.from_hf(
-        {"model_type": "llama4", "text_config": text, "vision_config": {}}
-    ) == ModelSpec.from_hf(text)
+    assert from_hf({"model_type": "llama4", "text_config": text, "vision_config": {}}) == from_hf(
+        text
+    )
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,7 @@ def test_a_config_with_several_models_is_read_for_its_text():
 )
 def test_what_cannot_be_counted_is_refused(config, message):
     with pytest.raises(ValueError, match=message):
-        ModelSpec.from_hf(config)
+        from_hf(config)
 
 
 @pytest.mark.parametrize(
@@ -486,12 +486,12 @@ def test_what_cannot_be_counted_is_refused(config, message):
 )
 def test_a_variant_that_is_not_known_is_refused(model_type, changes, message):
     with pytest.raises(ValueError, match=message):
-        ModelSpec.from_hf(hf_config(model_type, changes))
+        from_hf(hf_config(model_type, changes))
 
 
 def test_reading_a_config_imports_no_transformers():
     code = (
-        "import sys, moe_tools.accounting; moe_tools.accounting.ModelSpec.from_hf({'model_type': 'mixtral', 'hidden_size': 8, 'vocab_size': 9, "
+        "import sys, moe_tools.accounting; moe_tools.accounting.from_hf({'model_type': 'mixtral', 'hidden_size': 8, 'vocab_size': 9, "
         "'num_hidden_layers': 1, 'num_attention_heads': 2, 'num_local_experts': 2, 'num_experts_per_tok': 1, 'intermediate_size': 4}); "
         "print('transformers' in sys.modules)"
     )

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe_core import MixtureOfExperts
-from moe_tools.accounting import ModelSpec
+from moe_tools.accounting import from_hf
 from moe_tools.design import DesignBudget, design
 from moe_tools.interop.families import config_of
 
@@ -38,7 +38,7 @@ def test_the_emitted_config_loads_and_has_the_parameters_of_the_spec(name, route
         model = AutoModelForCausalLM.from_config(config)
     assert type(model).__name__ == made.hf_config()["architectures"][0]
     assert sum(parameter.numel() for parameter in model.parameters()) == made.spec.total_params
-    assert ModelSpec.from_hf(config) == ModelSpec.from_hf(made.hf_config()) == made.spec
+    assert from_hf(config) == from_hf(made.hf_config()) == made.spec
 
 
 @pytest.mark.parametrize(

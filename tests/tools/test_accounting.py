@@ -15,6 +15,7 @@ from moe_tools.accounting import (
     MambaSpec,
     ModelSpec,
     MoESpec,
+    from_lm,
 )
 from moe_tools.accounting.published import MODELS
 
@@ -61,7 +62,7 @@ def test_parameters_of_our_own_model_are_exact_behind_every_router(router):
         top_k=1 if router in ("switch", "base") else 2,
         router_options=OPTIONS.get(router, {}),
     )
-    assert ModelSpec.from_lm(cfg).total_params == count(cfg)
+    assert from_lm(cfg).total_params == count(cfg)
 
 
 @pytest.mark.parametrize(
@@ -79,9 +80,9 @@ def test_parameters_of_our_own_model_are_exact_behind_every_router(router):
 )
 def test_parameters_of_our_own_model_are_exact_with_every_option(moe):
     cfg = lm_config(**moe)
-    assert ModelSpec.from_lm(cfg).total_params == count(cfg)
+    assert from_lm(cfg).total_params == count(cfg)
     if not cfg.moe.bias:
-        assert ModelSpec.from_lm(cfg.dense_twin()).total_params == count(cfg.dense_twin())
+        assert from_lm(cfg.dense_twin()).total_params == count(cfg.dense_twin())
 
 
 def test_active_parameters_by_hand():

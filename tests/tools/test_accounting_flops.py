@@ -17,6 +17,7 @@ from moe_tools.accounting import (
     dense_of_equal_active,
     dense_of_equal_total,
     forward_flops,
+    from_lm,
     training_flops,
 )
 from moe_tools.accounting.published import MODELS
@@ -65,25 +66,25 @@ def counted(cfg: LMConfig, backward: bool = False) -> int:
 @pytest.mark.parametrize("moe", VARIANTS, ids=str)
 def test_forward_flops_are_those_that_torch_counts(moe, backend):
     cfg = lm_config(backend=backend, **moe)
-    flops = forward_flops(ModelSpec.from_lm(cfg), N, causal=False)
+    flops = forward_flops(from_lm(cfg), N, causal=False)
     assert products(flops) == counted(cfg)
     assert flops.weighting == 2 * cfg.n_layers * cfg.moe.top_k * cfg.d_model
     dense = LMConfig(
         vocab_size=32, d_model=16, n_layers=2, n_heads=2, max_seq_len=N, d_ff=20, glu=cfg.moe.glu
     )
-    assert B * N * forward_flops(ModelSpec.from_lm(dense), N, causal=False).total == counted(dense)
+    assert B * N * forward_flops(from_lm(dense), N, causal=False).total == counted(dense)
 
 
 @pytest.mark.parametrize("backend", ["loop", "fused"])
 @pytest.mark.parametrize("moe", VARIANTS, ids=str)
 def test_training_flops_are_those_that_torch_counts(moe, backend):
     cfg = lm_config(backend=backend, **moe)
-    flops = training_flops(ModelSpec.from_lm(cfg), N, causal=False)
+    flops = training_flops(from_lm(cfg), N, causal=False)
     assert products(flops) == counted(cfg, backward=True)
 
 
 def test_a_causal_token_pays_for_the_positions_it_sees():
-    spec = ModelSpec.from_lm(lm_config())
+    spec = from_lm(lm_config())
     pairs = sum(n + 1 for n in range(N))  # position n sees n + 1
     assert N * forward_flops(spec, N).scores == pairs * 2 * 4 * 16
     assert forward_flops(spec, N).matrices == forward_flops(spec, 1).matrices

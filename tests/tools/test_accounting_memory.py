@@ -13,6 +13,7 @@ from moe_tools.accounting import (
     MoESpec,
     Precision,
     activation_bytes_per_token,
+    from_lm,
     kv_cache_bytes,
     kv_cache_bytes_per_token,
     state_memory,
@@ -93,24 +94,18 @@ def kept_beyond_the_formula(cfg: LMConfig, b: int = 4) -> int:
 )
 def test_activations_are_those_that_autograd_keeps(backend, recompute, moe, dtype):
     cfg, b = lm_config(backend=backend, **moe), dtype.itemsize
-    formula = (
-        B
-        * N
-        * sum(activation_bytes_per_token(ModelSpec.from_lm(cfg), b, recompute=recompute).values())
-    )
+    formula = B * N * sum(activation_bytes_per_token(from_lm(cfg), b, recompute=recompute).values())
     assert saved_bytes(cfg, dtype) == formula + kept_beyond_the_formula(cfg, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_of_the_dense_model_are_those_that_autograd_keeps(dtype):
-    formula = (
-        B * N * sum(activation_bytes_per_token(ModelSpec.from_lm(DENSE), dtype.itemsize).values())
-    )
+    formula = B * N * sum(activation_bytes_per_token(from_lm(DENSE), dtype.itemsize).values())
     assert saved_bytes(DENSE, dtype) == formula + kept_beyond_the_formula(DENSE, dtype.itemsize)
 
 
 def test_recomputing_layers_keeps_their_inputs_and_one_whole_layer():
-    spec = ModelSpec.from_lm(lm_config())
+    spec = from_lm(lm_config())
     plain, again = (
         activation_bytes_per_token(spec),
         activation_bytes_per_token(spec, recompute="layer"),
@@ -120,7 +115,7 @@ def test_recomputing_layers_keeps_their_inputs_and_one_whole_layer():
 
 
 def test_recomputing_the_activation_saves_half_of_a_gated_mlp():
-    spec = ModelSpec.from_lm(lm_config())
+    spec = from_lm(lm_config())
     saved = sum(activation_bytes_per_token(spec).values()) - sum(
         activation_bytes_per_token(spec, recompute="activation").values()
     )
@@ -138,7 +133,7 @@ def test_adamw_holds_what_is_counted():
         for name, value in state.items()
         if name != "step"
     )
-    counted = state_memory(ModelSpec.from_lm(lm.config), "float32")
+    counted = state_memory(from_lm(lm.config), "float32")
     assert counted.weights == sum(p.nbytes for p in lm.parameters())
     assert counted.gradients == sum(p.grad.nbytes for p in lm.parameters())
     assert counted.optimizer == moments

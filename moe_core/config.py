@@ -12,8 +12,8 @@ from .routers import ROUTERS, Router
 from .validate import between, boolean, one_of, whole
 
 # Fields that several routers share -> the value for a router that has no such option.
-SHARED = {"capacity_factor": None, "norm_topk_prob": None}
-SHARED |= dict.fromkeys(("aux_loss_weight", "z_loss_weight", "jitter_noise"), 0.0)
+SHARED_OPTIONS = {"capacity_factor": None, "norm_topk_prob": None}
+SHARED_OPTIONS |= dict.fromkeys(("aux_loss_weight", "z_loss_weight", "jitter_noise"), 0.0)
 
 
 class Default(Enum):
@@ -71,7 +71,7 @@ class MoEConfig:
         self._set(router_options=_plain(self.router_options))
         accepted = self._accepted()
         # Replaced at once, so that a config says every value and its dict stays true later.
-        for name, nothing in SHARED.items():
+        for name, nothing in SHARED_OPTIONS.items():
             if getattr(self, name) is Default.OF_THE_ROUTER:
                 self._set(**{name: accepted.get(name, nothing)})
         rule = CapacityRule.of(self.capacity_factor)
@@ -108,7 +108,7 @@ class MoEConfig:
         mean = cls.top_k_is_a_mean
         top_k = {"expansion": self.top_k} if mean else {"top_k": self.top_k}
         given = {"d_model": self.d_model, "n_experts": self.n_experts, **top_k}
-        given |= {name: getattr(self, name) for name in SHARED}
+        given |= {name: getattr(self, name) for name in SHARED_OPTIONS}
         own = [name for name in accepted if name not in given]
         for name in self.router_options:
             if name in given or name in ("top_k", "expansion"):
@@ -121,9 +121,9 @@ class MoEConfig:
             if accepted[name] is MISSING and name not in self.router_options:
                 raise ValueError(f"{router} needs router_options[{name!r}]")
         for name in given.keys() - accepted.keys():
-            fixed = SHARED[name] if name in SHARED else cls.Options.top_k
+            fixed = SHARED_OPTIONS[name] if name in SHARED_OPTIONS else cls.Options.top_k
             if given.pop(name) != fixed:
-                why = f"{router} has no {'such option' if name in SHARED else 'other'}"
+                why = f"{router} has no {'such option' if name in SHARED_OPTIONS else 'other'}"
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {fixed!r}: {why}")
         return given | self.router_options
 

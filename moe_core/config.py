@@ -12,8 +12,8 @@ from .routers import ROUTERS, Router
 from .validate import between, boolean, one_of, whole
 
 # Fields that several routers share -> the value for a router that has no such option.
-SHARED = {"capacity_factor": None, "norm_topk_prob": None}
-SHARED |= dict.fromkeys(("aux_loss_weight", "z_loss_weight", "jitter_noise"), 0.0)
+_NUMBERS = ("aux_loss_weight", "z_loss_weight", "jitter_noise")
+SHARED = {"capacity_factor": None, "norm_topk_prob": None} | dict.fromkeys(_NUMBERS, 0.0)
 
 
 class Default(Enum):

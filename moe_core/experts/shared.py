@@ -42,9 +42,7 @@ class SharedExperts(FeedForward):
         self.gate = nn.Linear(d_model, 1, bias=False) if gated else None
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        """(..., D) -> (..., D); with a routing, also for slots over capacity whose overflow is
-        "shared".
-        """
+        """(..., D) -> (..., D); with a routing, also for slots whose overflow is "shared"."""
         y = super().forward(x)
         if self.combine == "mean":
             y = y / self.n_shared_experts

@@ -1,4 +1,10 @@
-"""Who is still there: every rank counts up in the store that all can read; who stops counting, without having said goodbye, is missing."""
+"""Who is still there: every rank counts up in a store that all can read; who stops, without goodbye, is missing.
+
+torch names the wrong rank or none (tried with 2.13, gloo, three ranks). After a collective failed,
+monitored_barrier fails on the same connections; on a group of its own, rank 0 names a rank that
+hangs, but not one that was killed, and the other ranks send the reader to rank 0. torchrun calls
+the first process that ended with an error the root cause: mostly a bystander.
+"""
 
 import threading
 import time

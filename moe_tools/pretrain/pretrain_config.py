@@ -127,8 +127,8 @@ class PretrainConfig:
     def model(self) -> LMConfig:
         """The language model of this run."""
         weight = self.aux_loss_weight
-        if weight is None:
-            weight = 0.01 if self.router == "topk" else "default"
+        if weight is None and self.router == "topk":
+            weight = 0.01
         fields = {
             "d_model": self.d_model,
             "d_ff": self.d_ff,
@@ -143,6 +143,8 @@ class PretrainConfig:
             raise ValueError(
                 f"moe={self.moe!r} must not hold {', '.join(twice)}: give it as an option of its own"
             )
+        if weight is None:  # as the router has it
+            del fields["aux_loss_weight"]
         moe = MoEConfig.from_dict(fields | self.moe)
         return LMConfig(
             d_model=self.d_model,

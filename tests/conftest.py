@@ -35,6 +35,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group("processes"))
 
 
+def pytest_collection_finish(session):
+    if session.config.getoption("loadgroup", False) and session.items:
+        grouped = [item for item in session.items if item.get_closest_marker("xdist_group")]
+        if grouped and not any("@" in item.nodeid for item in grouped):
+            raise pytest.UsageError(
+                "this pytest and pytest-xdist keep no groups together: use those of requirements.txt"
+            )
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
     seed = item.config.getoption("--last-bits")

@@ -12,8 +12,10 @@ from .routers import ROUTERS, Router
 from .validate import between, boolean, one_of, whole
 
 # Fields that several routers share -> the value for a router that has no such option.
-SHARED_OPTIONS = {"capacity_factor": None, "norm_topk_prob": None}
-SHARED_OPTIONS |= dict.fromkeys(("aux_loss_weight", "z_loss_weight", "jitter_noise"), 0.0)
+SHARED_OPTIONS = {
+    **dict.fromkeys(("capacity_factor", "norm_topk_prob"), None),
+    **dict.fromkeys(("aux_loss_weight", "z_loss_weight", "jitter_noise"), 0.0),
+}
 
 
 class Default(Enum):

@@ -20,8 +20,7 @@ class DispatchPlan:
     Args:
         routing: what any router returned.
         n_experts: only the first so many experts have rows; None for all of them.
-        static: None: for routings that keep most of their slots, on any device but the CPU and
-            under torch.compile.
+        static: None: where most slots are kept, on any device but the CPU or under torch.compile.
 
     Attributes:
         slot_A: (A,) int64, the flat slot (token * K + k) of each row.

@@ -13,7 +13,7 @@ class MixtureOfExperts(nn.Module):
 
     .. math:: y_t = \sum_{k} w_{t,k} \, f_{e_{t,k}}(x_t) \; [+ (1 + w^{over}_t) f_{shared}(x_t)]
 
-    w^over is ``Routing.overflow_weight``. ``shard`` says which of the experts live here, None: all.
+    w^over is ``Routing.overflow_weight``; ``shard`` says which experts live here, None for all.
     """
 
     def __init__(self, config: MoEConfig, shard: ExpertShard | None = None):

@@ -230,5 +230,5 @@ def train_step(
     (loss + sum(routing.aux_loss for routing in routings)).backward()
     nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     optimizer.step()
-    model.update_routers([routings])  # after the step: this step's routes came from the old state
+    model.update_routers([routings])  # what a router learns outside the gradient, once a step
     return loss.detach(), routings

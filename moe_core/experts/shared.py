@@ -42,13 +42,13 @@ class SharedExperts(FeedForward):
         self.gate = nn.Linear(d_model, 1, bias=False) if gated else None
 
     def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
-        """(..., D) -> (..., D)."""
+        """(..., D) -> (..., D); with a routing, also for slots whose overflow is "shared"."""
         y = super().forward(x)
         if self.combine == "mean":
             y = y / self.n_shared_experts
         if self.gate is not None:
             y = torch.sigmoid(self.gate(x)) * y
-        # It stands in for the experts that were full, too.
+        # It stands in for the experts that were full, with the weights they would have had.
         if routing is not None and routing.overflow == "shared":
             y = y + (routing.overflow_weight.unsqueeze(-1) * y).to(y.dtype)
         return y

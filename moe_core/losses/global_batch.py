@@ -17,13 +17,12 @@ from .balance import mean_score
 def global_share(routings: Sequence[Routing]) -> Tensor:
     """f_e (E,) over one layer's micro-batches and all ranks, to be given to ``load_balance``.
 
-        shares = [losses.global_share(layer) for layer in zip(*routings)]  #
-            routings[micro_batch][layer]
+        # routings[micro_batch][layer]
+        shares = [losses.global_share(layer) for layer in zip(*routings)]
         loss_m = sum(losses.load_balance(r, share=f) for r, f in zip(routings[m], shares))
 
     The loss is linear in P: the mean of loss_m over micro-batches and ranks is that of the one big
-    batch if all have as many real tokens. Every rank must call this. Raises ValueError for no
-    routing.
+    batch if all have as many real tokens. Every rank must call this. ValueError without a routing.
     Source: Qiu et al. 2025 (Qwen, arXiv 2501.11873).
     """
     if not routings:

@@ -88,7 +88,7 @@ class Router(nn.Module):
         for name, value in self.initial_state().items():
             vars(self).pop(name, None)  # an option may have the name: the buffer takes its place
             self.register_buffer(name, value)
-        self.reset_parameters()
+        self.reset_weight()
 
     def initial_state(self) -> dict[str, Tensor]:
         """The buffers a router starts with; ``update`` and nothing else may change them."""

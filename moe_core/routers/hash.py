@@ -46,7 +46,7 @@ class HashRouter(TopKRouter):
     .. math:: e_1..e_K = \mathrm{table}[\text{token id}], \quad w_k = \frac{1}{K} \quad \text{or}
               \quad w_k = \gamma \, s_{e_k} \Big/ \sum_j s_{e_j}
 
-    Args, besides ``TopKRouter``'s for learned weights (DeepSeek-V4: "sqrt_softplus", True and 1.5):
+    Args, besides ``TopKRouter``'s, of which those that score and weigh are for learned weights:
         vocab_size: number of token ids; ``table`` (vocab_size, K) int64 is a buffer.
         frequencies: (vocab_size,) how often each id occurs; the table then balances occurrences.
         seed: of the table; the same seed gives the same table everywhere.

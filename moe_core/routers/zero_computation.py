@@ -78,8 +78,7 @@ class ZeroComputationRouter(TopKRouter):
         mean_ffn_experts: K_e, feed-forward experts per token to steer to; given with mu > 0 only.
 
     Source: Jin et al. 2024 (MoE++, arXiv 2410.07348), without its gating residual between layers;
-    LongCat-Flash (arXiv 2509.01322), where all of Z are copies (its formula from an account of the
-    paper).
+    LongCat-Flash (arXiv 2509.01322), all of Z copies (its formula from an account of the paper).
     """
 
     Options = ZeroComputationOptions

@@ -1,1 +1,1 @@
-"""What is made of the core: counting, designing, pretraining, diagnosis, other people's models, benches. The core imports none of it."""
+"""What is made of the core; the core imports none of it."""

@@ -1,7 +1,8 @@
 """Real text without a download: what every CPython already has on disk.
 
-Three domains, so that one can see whether experts specialise: English (the language reference in ``pydoc_data``), Python (the
-standard library) and C (CPython's headers, where they are installed). Tokens are bytes.
+Three domains, so that one can see whether experts specialise: English (the language reference in
+``pydoc_data``), Python (the standard library) and C (CPython's headers, where they are installed).
+Tokens are bytes.
 """
 
 import sysconfig
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 VOCAB_SIZE = 256
-_DOMAIN_BYTES = 600_000  # per domain: enough for a small model not to see a batch twice, small enough to read in a blink
+# per domain: enough for a small model not to see a batch twice, small enough to read in a blink
+_DOMAIN_BYTES = 600_000
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Corpus:
     """Text as bytes, split into training and held-out parts.
 
     Attributes:
-        train, valid: domain name -> (length,) uint8 tensor. The held-out part is the last tenth of each domain.
+        train, valid: domain name -> (length,) uint8 tensor. The held-out part is the last tenth of
+            each domain.
     """
 
     train: dict[str, Tensor]
@@ -62,7 +65,8 @@ class Corpus:
         shortest = min(len(text) for text in texts)
         if seq_len > shortest:
             raise ValueError(
-                f"seq_len={seq_len} must be at most {shortest}, the length of the shortest {split} text"
+                f"seq_len={seq_len} must be at most {shortest}, the length of the shortest {split} "
+                "text"
             )
         if domain is None:
             labels_B = torch.randint(len(texts), (batch_size,), generator=generator)
@@ -79,8 +83,9 @@ def load(source: str = "builtin") -> Corpus:
     """Load text.
 
     Args:
-        source: "builtin" for what CPython ships; a path to a text file or a folder of .txt files (one domain per file); or
-            "hf:NAME" for a Hugging Face dataset with a "text" column and a "train" split (needs the package datasets).
+        source: "builtin" for what CPython ships; a path to a text file or a folder of .txt files
+            (one domain per file); or "hf:NAME" for a Hugging Face dataset with a "text" column and
+            a "train" split (needs the package datasets).
 
     Raises:
         ValueError: the path does not exist, or there is too little text in it.
@@ -100,14 +105,18 @@ def load(source: str = "builtin") -> Corpus:
         files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         if not files or not files[0].is_file():
             raise ValueError(
-                f"source={source!r} must be 'builtin', 'hf:NAME', a text file or a folder of .txt files"
+                f"source={source!r} must be 'builtin', 'hf:NAME', a text file or a folder of .txt "
+                "files"
             )
         texts = {file.stem: file.read_bytes() for file in files}
     return from_texts(texts)
 
 
 def from_texts(texts: dict[str, bytes]) -> Corpus:
-    """A Corpus from domain name -> bytes. Raises ValueError when a domain has fewer than 1000 bytes."""
+    """A Corpus from domain name -> bytes.
+
+    Raises ValueError when a domain has fewer than 1000 bytes.
+    """
     train, valid = {}, {}
     for name, text in texts.items():
         if len(text) < 1000:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 
 def number_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_columns: int) -> str:
-    """In aligned columns: the first ``text_columns`` to the left, the numbers after them to the right."""
+    """Aligned columns: the first ``text_columns`` to the left, numbers to the right."""
     from tabulate import tabulate  # only who prints a table needs it
 
     align = ["left"] * text_columns + ["right"] * (len(head) - text_columns)
@@ -12,5 +12,5 @@ def number_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, text_col
 
 
 def prose_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Cells as long as they are: sentences padded to one width would be lines of hundreds of columns."""
+    """Cells as long as they are: padded, sentences would make lines of hundreds of columns."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))

@@ -1,8 +1,9 @@
 """Does a token's output depend on tokens it must not see? Change them and look.
 
-A dropless top-k router answers each token alone. Capacity, expert choice and their kin let tokens compete, and competition is a
-channel: what another token is decides where this one goes. In a causal language model a token then sees the future; in
-serving, an answer depends on who else is in the batch.
+A dropless top-k router answers each token alone. Capacity, expert choice and their kin let tokens
+compete, and competition is a channel: what another token is decides where this one goes. In a
+causal language model a token then sees the future; in serving, an answer depends on who else is in
+the batch.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,8 @@ class Effect:
 
     Attributes:
         max_change: the largest absolute change of any of their outputs.
-        rerouted: the share of them that got other experts than before (0 where no Routing is returned).
+        rerouted: the share of them that got other experts than before (0 where no Routing is
+            returned).
         depends: an expert changed, or an output by more than the probe's tolerance.
     """
 
@@ -33,12 +35,13 @@ class Effect:
 
 @dataclass(frozen=True)
 class Dependence:
-    """What a token's output depends on; None where the input is too small to tell (one token, one sequence).
+    """What a token's output depends on; None where the input is too small to tell.
 
     Attributes:
         later_tokens, earlier_tokens: other values there, in the token's own sequence.
         other_sequences: other values in all other sequences of the batch.
-        n_later_tokens: the later tokens cut off, in a batch of this sequence alone: what token by token generation does.
+        n_later_tokens: the later tokens cut off, in a batch of this sequence alone: what token by
+            token generation does.
         n_sequences: the other sequences taken away.
     """
 
@@ -55,12 +58,12 @@ class Dependence:
 
     @property
     def batch_invariant(self) -> bool:
-        """A sequence's outputs are the same whatever else is in the batch, and with nothing else in it."""
+        """A sequence's outputs are the same with any batch around it, or none."""
         return not (_depends(self.other_sequences) or _depends(self.n_sequences))
 
     @property
     def streams(self) -> bool:
-        """A sequence may be fed in pieces: later tokens matter neither by what they are nor by being there."""
+        """A sequence may be fed in pieces: later tokens do not matter, nor that they exist."""
         return self.causal and not _depends(self.n_later_tokens)
 
     def __repr__(self) -> str:
@@ -87,14 +90,18 @@ def probe(
     """Change some tokens, keep the others, and measure whether the others' outputs move.
 
     Args:
-        module: a router (x -> Routing), a layer (x -> (y, Routing)), a model (x -> (y, list of Routings)) or any function of
-            x alone (x -> y), in the mode it is in: eval, as a rule. It is called without gradient and always with the same
-            random numbers, so that noise is not taken for dependence (but for the two questions about numbers of tokens: a
-            call of another shape draws other noise). For a router, a token's output is the weight it gives each expert.
-        x: (B, N, D) float, or (B, N) int64. Changed tokens are drawn from x's own tokens with the signs (of floats) flipped
-            at random, so they are as large as real ones; larger and more varied x show more.
+        module: a router (x -> Routing), a layer (x -> (y, Routing)), a model (x -> (y, list of
+            Routings)) or any function of x alone (x -> y), in the mode it is in: eval, as a rule.
+            It is called without gradient and always with the same random numbers, so that noise is
+            not taken for dependence (but for the two questions about numbers of tokens: a call of
+            another shape draws other noise). For a router, a token's output is the weight it gives
+            each expert.
+        x: (B, N, D) float, or (B, N) int64. Changed tokens are drawn from x's own tokens with the
+            signs (of floats) flipped at random, so they are as large as real ones; larger and more
+            varied x show more.
         trials: sequences and cuts to try for each question.
-        tolerance: a larger change of an output counts as dependence. Matmuls of another shape round differently.
+        tolerance: a larger change of an output counts as dependence. Matmuls of another shape round
+            differently.
         seed: of the changes, the cuts, and the generator during each call.
 
     Returns:
@@ -143,7 +150,7 @@ class _Call:
         self.module, self.seed = module, seed
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs (B, N, anything) and the experts each token got (B, N, experts of all layers)."""
+        """Outputs (B, N, anything), and each token's experts (B, N, those of all layers)."""
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(self.seed)
             y = self.module(x)
@@ -165,7 +172,7 @@ def _weight_of_each_expert(routing: Routing) -> Tensor:
 
 
 def _changed(x: Tensor, random: torch.Generator) -> Tensor:
-    """A tensor like x, made of x's own tokens in a random order and, for floats, with random signs."""
+    """x's own tokens in a random order and, for floats, with random signs."""
     tokens = x.flatten(0, 1)
     drawn = tokens[torch.randint(len(tokens), (len(tokens),), generator=random).to(x.device)].view(
         x.shape

@@ -19,10 +19,13 @@ class Facts:
 
     Attributes:
         top_k: experts per token.
-        score_func: the score to which the weights of a token are proportional, a key of ``SCORE_FUNCS``.
+        score_func: the score to which the weights of a token are proportional, a key of
+            ``SCORE_FUNCS``.
         least, most: of a token's K weights together, over all tokens.
-        scale: the factor between weight and score; where the sum is the same for all tokens, that sum.
-        sees_unchosen: whether the logit of an expert that is not chosen changes the weights of those that are.
+        scale: the factor between weight and score; where the sum is the same for all tokens, that
+            sum.
+        sees_unchosen: whether the logit of an expert that is not chosen changes the weights of
+            those that are.
         bias: "none", in the "logits", in the "selection" only, or "both".
         groups: "none", or which groups a token may choose from.
     """

@@ -1,6 +1,7 @@
 """Counting a model before it exists: parameters, FLOPs, memory, bytes on the wire.
 
-``ModelSpec`` is a model in numbers; everything else is a function of one. Published models: ``moe_core.published.MODELS``.
+``ModelSpec`` is a model in numbers; everything else is a function of one. Published models:
+``moe_core.published.MODELS``.
 """
 
 from .activation_bytes import activation_bytes_per_token

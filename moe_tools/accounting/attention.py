@@ -1,6 +1,7 @@
 """Attention in numbers: what its projections hold, what its scores cost, what it keeps of the past.
 
-A kind of attention is a frozen dataclass with the methods of ``Mixer``. Linear attention and state spaces: ``recurrent``.
+A kind of attention is a frozen dataclass with the methods of ``Mixer``. Linear attention and state
+spaces: ``recurrent``.
 """
 
 from abc import ABC, abstractmethod
@@ -12,7 +13,7 @@ QK_NORMS = (None, "head", "full")
 
 
 class Mixer(ABC):
-    """What mixes the tokens of a sequence: the part of a layer that is not a feed-forward network."""
+    """What mixes the tokens of a sequence, as against a feed-forward network."""
 
     @abstractmethod
     def matrices(self, d_model: int) -> int:
@@ -29,7 +30,8 @@ class Mixer(ABC):
             ValueError: they are no function of the context alone.
         """
         raise ValueError(
-            f"the FLOPs of {type(self).__name__} beyond its projections hang on how its kernel cuts the sequence: not counted"
+            f"the FLOPs of {type(self).__name__} beyond its projections hang on how its kernel "
+            "cuts the sequence: not counted"
         )
 
     def cache(self) -> int:
@@ -45,34 +47,41 @@ class Mixer(ABC):
         return context
 
     def saved(self, d_model: int) -> int:
-        """Numbers kept for the backward pass of one token, besides one a head in float32; see ``activations``.
+        """Numbers kept of one token for the backward pass, besides one a head in float32.
+
+        See ``activation_bytes``.
 
         Raises:
             ValueError: its kernel decides that.
         """
         raise ValueError(
-            f"what {type(self).__name__} keeps for the backward pass is its kernel's choice: not counted"
+            f"what {type(self).__name__} keeps for the backward pass is its kernel's choice: not "
+            "counted"
         )
 
 
 @dataclass(frozen=True)
 class AttentionSpec(Mixer):
-    r"""Softmax attention whose heads have keys and values of their own or share them: MHA, GQA, MQA.
+    r"""Softmax attention: MHA, GQA or MQA, by the number of heads with keys and values.
 
     .. math:: 2\,D\,H\,d + 2\,D\,H_{kv}\,d \quad (+\text{ biases, norms of q and k, sinks})
 
     Attributes:
         n_heads, n_kv_heads, head_dim: H, H_kv and d. MHA has H_kv = H.
         qkv_bias, out_bias: a bias on the three projections in, and on the one out.
-        qk_norm: RMS norm of queries and keys: "head" has d gains each, "full" one for every number of q and k (OLMoE), None has none.
+        qk_norm: RMS norm of queries and keys: "head" has d gains each, "full" one for every number
+            of q and k (OLMoE), None has none.
         sinks: one learned number a head that takes part in the softmax (gpt-oss).
         output_gate: as wide a projection again gates the output (Qwen3-Next).
-        shared_kv: keys and values are those of the layer below (Hunyuan-Large): no projections, no cache; a norm "head" of the keys stays.
+        shared_kv: keys and values are those of the layer below (Hunyuan-Large): no projections, no
+            cache; a norm "head" of the keys stays.
         window: a token sees only so many positions, itself included; None sees all.
-        position_buckets: rows of a learned table of relative positions, H numbers each (T5), in the layers that hold one.
+        position_buckets: rows of a learned table of relative positions, H numbers each (T5), in the
+            layers that hold one.
 
     Raises:
-        ValueError: a size is not a positive whole number, n_kv_heads does not divide n_heads, or an option is out of its range.
+        ValueError: a size is not a positive whole number, n_kv_heads does not divide n_heads, or an
+            option is out of its range.
 
     Source: Ainslie et al. 2023 (GQA, arXiv 2305.13245).
     """
@@ -139,24 +148,27 @@ class AttentionSpec(Mixer):
         return 2 * self._kv
 
     def saved(self, d_model: int) -> int:
-        """Input of the projections, q, k, v and the heads' output, which is the input of the projection out."""
+        """The input of the projections, q, k, v, and the input of the output projection."""
         return d_model + 2 * self._q + 2 * self.n_kv_heads * self.head_dim
 
 
 @dataclass(frozen=True)
 class LatentAttentionSpec(Mixer):
-    r"""Multi-head latent attention (MLA): keys and values are made from one short latent vector, and only that is cached.
+    r"""Multi-head latent attention (MLA): what is cached is one short latent per token.
 
-    .. math:: D r_q + r_q + r_q H (d_n + d_r) + D (r_{kv} + d_r) + r_{kv} + r_{kv} H (d_n + d_v) + H d_v D
+    .. math:: D r_q + r_q + r_q H (d_n + d_r) + D (r_{kv} + d_r) + r_{kv} + r_{kv} H (d_n + d_v) + H
+        d_v D
 
     Attributes:
         n_heads: H. q_rank: r_q, or None where queries are projected at once. kv_rank: r_kv.
         nope_dim, rope_dim, v_dim: d_n, d_r (without and with rotary positions) and d_v, of a head.
-        indexer_heads, indexer_dim: DeepSeek sparse attention's indexer (V3.2), which picks the positions to attend to; 0 has none.
+        indexer_heads, indexer_dim: DeepSeek sparse attention's indexer (V3.2), which picks the
+            positions to attend to; 0 has none.
         output_gate: a projection D x H d_v gates the output (Kimi-K3).
 
     Raises:
-        ValueError: a size is not a positive whole number, or an indexer is given without q_rank, whose latent it reads.
+        ValueError: a size is not a positive whole number, or an indexer is given without q_rank,
+            whose latent it reads.
 
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
     """
@@ -190,8 +202,8 @@ class LatentAttentionSpec(Mixer):
             self.indexer_heads and self.q_rank is None
         ):
             raise ValueError(
-                f"indexer_heads={self.indexer_heads} and indexer_dim={self.indexer_dim} must both be 0, or both above 0 "
-                f"with q_rank={self.q_rank} not None"
+                f"indexer_heads={self.indexer_heads} and indexer_dim={self.indexer_dim} must both "
+                f"be 0, or both above 0 with q_rank={self.q_rank} not None"
             )
         boolean(output_gate=self.output_gate)
 
@@ -200,7 +212,7 @@ class LatentAttentionSpec(Mixer):
         return self.n_heads * (self.nope_dim + self.rope_dim)
 
     def matrices(self, d_model: int) -> int:
-        """Down and up for queries, down and up for keys and values, out, and the indexer's three."""
+        """Down and up for queries, down and up for keys and values, out, the indexer's three."""
         D, H, r = d_model, self.n_heads, self.q_rank
         queries = D * self._q if r is None else D * r + r * self._q
         keys_values = D * (self.kv_rank + self.rope_dim) + self.kv_rank * H * (
@@ -216,7 +228,7 @@ class LatentAttentionSpec(Mixer):
         return (self.q_rank or 0) + self.kv_rank + 2 * self.indexer_dim
 
     def score_flops(self, context: float) -> float:
-        """As in training, with keys and values made out of the latents; the indexer's own scores are not counted."""
+        """As in training, keys and values expanded; without the indexer's own scores."""
         if self.indexer_heads:
             return super().score_flops(context)
         return 2 * context * self.n_heads * (self.nope_dim + self.rope_dim + self.v_dim)

@@ -1,10 +1,11 @@
 r"""Bytes that expert parallelism moves.
 
-.. math:: V = T \cdot \min(k, M) \cdot d \cdot b \cdot \frac{P - 1}{P}, \qquad \text{forward} = V_{dispatch} + V_{combine}, \qquad
-    \text{step} = 2 \cdot \text{forward}
+.. math:: V = T \cdot \min(k, M) \cdot d \cdot b \cdot \frac{P - 1}{P}, \qquad \text{forward} =
+    V_{dispatch} + V_{combine}, \qquad \text{step} = 2 \cdot \text{forward}
 
-V is what one rank sends in one all-to-all when tokens choose experts evenly; it receives as much. Backward moves the same again: the
-gradient of a combine is a dispatch, and that of a dispatch is a combine. Seconds: ``moe_core.parallel.Network``.
+V is what one rank sends in one all-to-all when tokens choose experts evenly; it receives as much.
+Backward moves the same again: the gradient of a combine is a dispatch, and that of a dispatch is a
+combine. Seconds: ``network.Network``.
 """
 
 from dataclasses import dataclass
@@ -21,13 +22,16 @@ class AllToAll:
     Attributes:
         tokens_per_rank, top_k, width: T, k and d of the rows, D or the latent width.
         n_ranks: P, over which the experts are spread evenly.
-        dispatch_bytes, combine_bytes: b of a number on the way there and back; 1 for FP8, 2 for bfloat16.
-        max_copies: M: a token is sent at most so often, once to every node it goes to (node-limited routing); None sends it k times.
+        dispatch_bytes, combine_bytes: b of a number on the way there and back; 1 for FP8, 2 for
+            bfloat16.
+        max_copies: M: a token is sent at most so often, once to every node it goes to (node-limited
+            routing); None sends it k times.
 
     Raises:
         ValueError: a value is out of its range.
 
-    Source: the volume is arithmetic; that backward repeats it: README of DeepEP. Node limit: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
+    Source: the volume is arithmetic; that backward repeats it: README of DeepEP. Node limit:
+    DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
     """
 
     tokens_per_rank: int
@@ -94,7 +98,9 @@ def all_to_alls(
     combine_bytes: float = 2,
     max_copies: int | None = None,
 ) -> list[AllToAll]:
-    """One ``AllToAll`` for every MoE layer of a model; the sum of their ``step`` is what a rank sends in a training step.
+    """One ``AllToAll`` for every MoE layer.
+
+    The sum of their ``step`` is what a rank sends in a training step.
 
     Raises:
         ValueError: a value is out of its range, or the model has no MoE layer.

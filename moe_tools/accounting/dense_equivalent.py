@@ -8,16 +8,22 @@ from .spec import ModelSpec
 
 
 class DenseEquivalent(NamedTuple):
-    """A dense model, and the width F that stands where its MoE layers stood; what it really has is ``spec.total_params``."""
+    """A dense model, and the width F of what replaced its MoE layers.
+
+    Its real size is ``spec.total_params``.
+    """
 
     d_ff: int
     spec: ModelSpec
 
 
 def dense_of_equal_active(spec: ModelSpec) -> DenseEquivalent:
-    """The model with every MoE replaced by one dense MLP of width F: its parameters are as near to A_all as a whole F can bring them.
+    """The model with a dense MLP for every MoE, of nearly the same active parameters.
 
-    A token then multiplies as many numbers as before. Everything else stays: attention, embeddings, layers that are dense already.
+    F is a whole number, so A_all is met as nearly as one unit of width allows.
+
+    A token then multiplies as many numbers as before. Everything else stays: attention, embeddings,
+    layers that are dense already.
 
     Raises:
         ValueError: the model has no MoE layer.
@@ -26,7 +32,10 @@ def dense_of_equal_active(spec: ModelSpec) -> DenseEquivalent:
 
 
 def dense_of_equal_total(spec: ModelSpec) -> DenseEquivalent:
-    """The same, as near as can be to ``total_params``: as much memory, and far more FLOPs. Raises ValueError without an MoE layer."""
+    """The same, as near as can be to ``total_params``: as much memory, and far more FLOPs.
+
+    Raises ValueError without an MoE layer.
+    """
     return _dense(spec, spec.total_params)
 
 
@@ -49,7 +58,8 @@ def _dense(spec: ModelSpec, params: int) -> DenseEquivalent:
         )
         return replace(spec, layers=tuple(layers), source="")
 
-    # Every unit of width adds the same number of parameters, so two widths give the line that the third lies on.
+    # Every unit of width adds the same number of parameters, so two widths give the line that the
+    # third lies on.
     one, two = with_width(1).total_params, with_width(2).total_params
     d_ff = max(1, 1 + round((params - one) / (two - one)))
     return DenseEquivalent(d_ff, with_width(d_ff))

@@ -48,21 +48,26 @@ class DenseSpec:
 class MoESpec:
     r"""A router, E experts of which a token visits K, and what it visits besides them.
 
-    .. math:: \underbrace{D (E + Z)}_{router} + E \cdot \underbrace{3 D F}_{expert} + \underbrace{3 D \, n F_{shared}}_{shared}
+    .. math:: \underbrace{D (E + Z)}_{router} + E \cdot \underbrace{3 D F}_{expert} + \underbrace{3
+        D \, n F_{shared}}_{shared}
 
     Attributes:
         n_experts, top_k, d_ff: E, K (may be a mean, a fraction) and F of one expert.
-        n_shared_experts, shared_d_ff: experts that every token visits, and the width of one (None: d_ff). They count as one MLP of
-            width n * shared_d_ff. A dense MLP that runs beside the experts (Arctic) is one too.
+        n_shared_experts, shared_d_ff: experts that every token visits, and the width of one (None:
+            d_ff). They count as one MLP of width n * shared_d_ff. A dense MLP that runs beside the
+            experts (Arctic) is one too.
         shared_gate: their output is multiplied by a learned score, D numbers (Qwen2-MoE).
         glu, bias: as in ``DenseSpec``, of routed and shared experts.
-        router_bias: a learned bias of the logits (gpt-oss). The correction bias that loss-free balancing moves by hand is no
-            parameter and is never counted.
-        router_matrices: how many D x E matrices the router has: 2 for noisy top-k, 0 for a fixed table.
-        n_zero_experts: Z, experts without computation that the router may choose too: of K slots, K E / (E + Z) reach an expert on
-            average, if all are chosen alike. n_constant_experts: those of them that hold numbers, 3D each (MoE++); every token is
-            multiplied with them, so they count as shared.
-        latent_dim: width in which the routed experts work, if it is not D: then one matrix leads in and one out (LatentMoE).
+        router_bias: a learned bias of the logits (gpt-oss). The correction bias that loss-free
+            balancing moves by hand is no parameter and is never counted.
+        router_matrices: how many D x E matrices the router has: 2 for noisy top-k, 0 for a fixed
+            table.
+        n_zero_experts: Z, experts without computation that the router may choose too: of K slots, K
+            E / (E + Z) reach an expert on average, if all are chosen alike. n_constant_experts:
+            those of them that hold numbers, 3D each (MoE++); every token is multiplied with them,
+            so they count as shared.
+        latent_dim: width in which the routed experts work, if it is not D: then one matrix leads in
+            and one out (LatentMoE).
         latent_norm: the latent has a norm, latent_dim gains (Kimi-K3).
 
     Raises:
@@ -101,13 +106,14 @@ class MoESpec:
         )
         if self.n_constant_experts > self.n_zero_experts:
             raise ValueError(
-                f"n_constant_experts={self.n_constant_experts} must be at most n_zero_experts={self.n_zero_experts}: "
-                "they are among these"
+                f"n_constant_experts={self.n_constant_experts} must be at most "
+                f"n_zero_experts={self.n_zero_experts}: they are among these"
             )
         at_least(0, top_k=self.top_k)
         if not 0 < self.top_k <= self.n_experts + self.n_zero_experts:
             raise ValueError(
-                f"top_k={self.top_k!r} must be above 0 and at most all experts={self.n_experts + self.n_zero_experts}"
+                f"top_k={self.top_k!r} must be above 0 and at most all "
+                f"experts={self.n_experts + self.n_zero_experts}"
             )
         boolean(
             shared_gate=self.shared_gate,
@@ -146,7 +152,10 @@ class MoESpec:
         )
 
     def parts(self, d_model: int) -> dict[str, tuple[int, int]]:
-        """Part of the model -> numbers in its matrices, numbers in its vectors. All experts are counted."""
+        """Part of the model -> numbers in its matrices, numbers in its vectors.
+
+        All experts are counted.
+        """
         D, E, width = d_model, self.n_experts + self.n_zero_experts, self.expert_width(d_model)
         shared = [2 * D * self.n_constant_experts, D * self.n_constant_experts]
         if self.n_shared_experts:

@@ -1,11 +1,12 @@
 r"""FLOPs of a ModelSpec, per token.
 
-.. math:: \text{forward} = \underbrace{2 \cdot \text{numbers in the matrices a token meets}}_{\approx 2 A_{head}}
-    + \underbrace{\textstyle\sum_{layers} 4 c H d}_{\text{attention scores}} + \underbrace{\textstyle\sum_{MoE} 2 k D}_{\text{weighting}}
+.. math:: \text{forward} = \underbrace{2 \cdot \text{numbers in the matrices a token
+    meets}}_{\approx 2 A_{head}} + \underbrace{\textstyle\sum_{layers} 4 c H d}_{\text{attention
+    scores}} + \underbrace{\textstyle\sum_{MoE} 2 k D}_{\text{weighting}}
 
-A multiplication and an addition are 2 FLOPs. The embedding is looked up, not multiplied; a tied head is multiplied.
-Norms, activations, softmax and rotary positions are not counted. torch's FlopCounterMode counts products alone: all
-but the weighting.
+A multiplication and an addition are 2 FLOPs. The embedding is looked up, not multiplied; a tied
+head is multiplied. Norms, activations, softmax and rotary positions are not counted. torch's
+FlopCounterMode counts products alone: all but the weighting.
 """
 
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ class Flops:
     """FLOPs of one token, in float because a mean context or a mean top_k may be a fraction.
 
     Attributes:
-        matrices: projections, routers, experts, head. scores: attention beyond its projections. weighting: experts' outputs, times their
-            weights and added up.
+        matrices: projections, routers, experts, head. scores: attention beyond its projections.
+            weighting: experts' outputs, times their weights and added up.
     """
 
     matrices: float
@@ -42,12 +43,12 @@ def forward_flops(spec: ModelSpec, seq_len: int, *, causal: bool = True) -> Flop
 
     Args:
         seq_len: N, tokens of a sequence.
-        causal: a token pays for the positions it sees, (N + 1) / 2 on average. False: for all N, as a kernel does that computes what
-            it masks, and as FlopCounterMode counts.
+        causal: a token pays for the positions it sees, (N + 1) / 2 on average. False: for all N, as
+            a kernel does that computes what it masks, and as FlopCounterMode counts.
 
     Raises:
-        ValueError: seq_len is not a positive whole number, the model has an encoder (its tokens are others than the decoder's), or a mixer
-            whose FLOPs are not known.
+        ValueError: seq_len is not a positive whole number, the model has an encoder (its tokens are
+            others than the decoder's), or a mixer whose FLOPs are not known.
     """
     whole(1, seq_len=seq_len)
     boolean(causal=causal)
@@ -63,16 +64,18 @@ def forward_flops(spec: ModelSpec, seq_len: int, *, causal: bool = True) -> Flop
 
 
 def training_flops(spec: ModelSpec, seq_len: int, *, causal: bool = True) -> Flops:
-    """FLOPs of forward and backward: 3 times the forward pass, since every product has two gradients of its own size.
+    """FLOPs of forward and backward: 3 times the forward pass.
 
-    Flash attention computes the scores once more in its backward pass: 3.5 times the scores instead of 3. Recomputing whole layers
-    adds one forward pass. Neither is counted.
+    Every product has two gradients of its own size.
+
+    Flash attention computes the scores once more in its backward pass: 3.5 times the scores instead
+    of 3. Recomputing whole layers adds one forward pass. Neither is counted.
     """
     return forward_flops(spec, seq_len, causal=causal) * 3
 
 
 def active_matrices(spec: ModelSpec) -> float:
-    """Numbers in the matrices that one token is multiplied with: A_head without biases, norms and the like."""
+    """Numbers in the matrices that one token meets: A_head without biases and norms."""
     D = spec.d_model
     matrices = {
         part: numbers[0]
@@ -87,7 +90,7 @@ def active_matrices(spec: ModelSpec) -> float:
 
 
 def _context(mixer, seq_len: int, causal: bool) -> float:
-    """Positions a token looks at: all N, or the mean over n = 1..N of those up to n; no more than the mixer's window."""
+    """Positions a token looks at: all N, or the mean of 1..N; at most the mixer's window."""
     if not causal:
         return seq_len
     window = int(mixer.seen(seq_len))

@@ -1,7 +1,7 @@
 """From a Hugging Face config to a ModelSpec: what each family's config leaves unsaid stands here.
 
-A family is a function from the config's values to a spec. Only values are read: transformers is never imported. Vision towers are left
-out, and so are blocks that predict further tokens.
+A family is a function from the config's values to a spec. Only values are read: transformers is
+never imported. Vision towers are left out, and so are blocks that predict further tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,8 @@ from .recurrent import GatedDeltaNetSpec, KimiDeltaSpec, LightningAttentionSpec,
 from .spec import ModelSpec
 
 _NEEDED = object()
-# transformers 5 writes the second name where a released config.json has the first, or the other way round.
+# transformers 5 writes the second name where a released config.json has the first, or the other way
+# round.
 _ALIASES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
 
 
@@ -94,7 +95,8 @@ def _demand(c: _Values, **values) -> None:
     for name, value in values.items():
         if c(name, value) != value:
             raise ValueError(
-                f"{name}={c(name)!r} must be {value!r}: model_type={c.model_type!r} is known only so"
+                f"{name}={c(name)!r} must be {value!r}: model_type={c.model_type!r} is known "
+                "only so"
             )
 
 
@@ -118,7 +120,8 @@ def _kinds(c: _Values, mixers: dict[str, Mixer]) -> list[Mixer]:
     unknown = sorted(set(c("layer_types")) - set(mixers))
     if unknown:
         raise ValueError(
-            f"layer_types has {', '.join(unknown)}; model_type={c.model_type!r} is known with {', '.join(mixers)}"
+            f"layer_types has {', '.join(unknown)}; model_type={c.model_type!r} is known with "
+            f"{', '.join(mixers)}"
         )
     return [mixers[kind] for kind in c("layer_types")]
 
@@ -351,6 +354,7 @@ def from_hf(config) -> ModelSpec:
     values = _Values(config)
     if values.model_type not in SPEC_FAMILIES:
         raise ValueError(
-            f"model_type={values.model_type!r} is no family that can be counted; those known are {', '.join(SPEC_FAMILIES)}"
+            f"model_type={values.model_type!r} is no family that can be counted; those known are "
+            f"{', '.join(SPEC_FAMILIES)}"
         )
     return SPEC_FAMILIES[values.model_type](values)

@@ -1,6 +1,6 @@
-"""Memory of a model: its parameters, what training adds to each of them, and the cache of past keys and values.
+"""Memory of a model: parameters, what training adds to each, and the KV cache.
 
-Bytes, always; 1 GB = 1e9 bytes. Activations: ``activations``.
+Bytes, always; 1 GB = 1e9 bytes. Activations: ``activation_bytes``.
 """
 
 from dataclasses import dataclass
@@ -59,7 +59,7 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class StateMemory:
-    """Bytes on one rank: weights, gradients, and the optimizer's state (moments and master copy)."""
+    """Bytes on one rank; optimizer is the moments and the master copy."""
 
     weights: float
     gradients: float
@@ -81,20 +81,22 @@ def state_memory(
 ) -> StateMemory:
     r"""Weights, gradients and AdamW's state on each of ``n_ranks`` data-parallel ranks, in bytes.
 
-    Routed experts are spread over groups of ``ep`` ranks: a rank holds E / ep of each layer, and n_ranks / ep ranks hold the same ones.
-    All else is on every rank. What is sharded is divided among the ranks that hold the same parameters:
+    Routed experts are spread over groups of ``ep`` ranks: a rank holds E / ep of each layer, and
+    n_ranks / ep ranks hold the same ones. All else is on every rank. What is sharded is divided
+    among the ranks that hold the same parameters:
 
-    .. math:: \frac{P_{experts}}{ep} \cdot \begin{cases} 1 \\ ep / R & \text{if sharded} \end{cases} \; + \;
-        P_{rest} \cdot \begin{cases} 1 \\ 1 / R & \text{if sharded} \end{cases}
+    .. math:: \frac{P_{experts}}{ep} \cdot \begin{cases} 1 \\ ep / R & \text{if sharded} \end{cases}
+        \; + \; P_{rest} \cdot \begin{cases} 1 \\ 1 / R & \text{if sharded} \end{cases}
 
     Args:
         precision: a name among ``PRECISIONS`` or a ``Precision``.
         n_ranks, ep: R and the size of an expert-parallel group; ep divides R.
-        sharded: "nothing"; "optimizer" (ZeRO-1); also "gradients" (ZeRO-2); also "weights" (ZeRO-3, FSDP;
-            what is gathered for the moment is not counted).
+        sharded: "nothing"; "optimizer" (ZeRO-1); also "gradients" (ZeRO-2); also "weights" (ZeRO-3,
+            FSDP; what is gathered for the moment is not counted).
 
     Raises:
-        ValueError: a value is out of its range, ep does not divide n_ranks, or ep is more than the experts of a layer.
+        ValueError: a value is out of its range, ep does not divide n_ranks, or ep is more than the
+            experts of a layer.
     """
     whole(1, n_ranks=n_ranks, ep=ep)
     one_of(SHARDED, sharded=sharded)
@@ -120,14 +122,17 @@ def state_memory(
 def kv_cache_bytes_per_token(spec: ModelSpec, bytes_per_number: float = 2) -> float:
     """What one more token adds to the cache of a sequence, in bytes, as long as no window is full.
 
-    GQA keeps 2 H_kv d numbers a layer, MLA its latent and the shared rotary key: r_kv + d_r; recurrent mixers keep nothing per token.
+    GQA keeps 2 H_kv d numbers a layer, MLA its latent and the shared rotary key: r_kv + d_r;
+    recurrent mixers keep nothing per token.
     """
     at_least(0, bytes_per_number=bytes_per_number)
     return bytes_per_number * sum(mixer.cache() for mixer in _mixers(spec))
 
 
 def kv_cache_bytes(spec: ModelSpec, seq_len: int, bytes_per_number: float = 2) -> float:
-    """The cache of one sequence of ``seq_len`` tokens: at most its window for each mixer that has one, and the recurrent mixers' state.
+    """The KV cache of one sequence: at most its window for each mixer that has one.
+
+    A recurrent mixer adds its state.
 
     Raises:
         ValueError: seq_len is not a whole number, or the model has an encoder.

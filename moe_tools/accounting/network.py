@@ -1,12 +1,14 @@
-r"""What an all-to-all costs: the alpha-beta model, flat or hierarchical, with fast links inside a node and slower ones between nodes.
+r"""What an all-to-all costs: the alpha-beta model, flat or hierarchical.
 
 .. math:: t(n) = \alpha + n / \beta
 
-A message of n bytes costs a latency alpha and its bytes over the bandwidth beta. A model, not a measurement: no congestion, no
-overlap with computing. Bytes and seconds; a matrix bytes_RR[s][r] holds what rank s sends to rank r.
+A message of n bytes costs a latency alpha and its bytes over the bandwidth beta. A model, not a
+measurement: no congestion, no overlap with computing. Bytes and seconds; a matrix bytes_RR[s][r]
+holds what rank s sends to rank r.
 
-Sources: the formulas of the flat and the two-level all-to-all are those of Tutel (Hwang et al. 2022, arXiv 2206.03382); copies per node and
-the limit on nodes: DeepSeek-V3 (arXiv 2412.19437), section 3.2.
+Sources: the formulas of the flat and the two-level all-to-all are those of Tutel (Hwang et al.
+2022, arXiv 2206.03382); copies per node and the limit on nodes: DeepSeek-V3 (arXiv 2412.19437),
+section 3.2.
 """
 
 from collections.abc import Sequence
@@ -27,10 +29,12 @@ class Network:
 
     Attributes:
         ranks_per_node: m.
-        intra_bandwidth, inter_bandwidth: bytes per second and direction of one rank, inside its node and to others.
+        intra_bandwidth, inter_bandwidth: bytes per second and direction of one rank, inside its
+            node and to others.
         intra_latency, inter_latency: alpha, seconds per message.
 
-    The defaults are an H800 node (NVLink about 160 GB/s, InfiniBand about 50 GB/s: DeepSeek-V3, section 3.2), and no latency.
+    The defaults are an H800 node (NVLink about 160 GB/s, InfiniBand about 50 GB/s: DeepSeek-V3,
+    section 3.2), and no latency.
 
     Raises:
         ValueError: a number is out of range.
@@ -56,8 +60,9 @@ class Network:
 
         .. math:: t = \max_r \sum_{s \ne r} \left( \alpha_{sr} + n_{sr} / \beta_{sr} \right)
 
-        The links inside and between nodes work side by side, sending and receiving too; the slowest rank decides. Uniform, on one
-        kind of link: (R - 1) alpha + V / beta. A pair with nothing to send costs nothing.
+        The links inside and between nodes work side by side, sending and receiving too; the slowest
+        rank decides. Uniform, on one kind of link: (R - 1) alpha + V / beta. A pair with nothing to
+        send costs nothing.
 
         Raises:
             ValueError: bytes_RR is not a square of numbers that are at least 0.
@@ -70,12 +75,15 @@ class Network:
         )
 
     def hierarchical(self, bytes_RR: Tensor) -> float:
-        r"""Seconds of the two-level all-to-all: first inside the node, to the rank with the receiver's place, then between nodes.
+        r"""Seconds of the two-level all-to-all: inside the node, then between nodes.
+
+        The first pass goes to the rank with the receiver's place in its node.
 
         Fewer messages, (m - 1) + (R/m - 1) instead of R - 1, for one more pass inside the node.
 
         Raises:
-            ValueError: ranks_per_node does not divide R, or bytes_RR is not a square of numbers that are at least 0.
+            ValueError: ranks_per_node does not divide R, or bytes_RR is not a square of numbers
+                that are at least 0.
         """
         n_RR = self._sizes(bytes_RR)
         R, m = len(n_RR), self._whole_nodes(len(n_RR))
@@ -97,23 +105,26 @@ class Network:
     def node_limited(
         self, routings: Sequence[Routing], placement: Placement, row_bytes: float
     ) -> tuple[float, float]:
-        """Seconds, and inter-node bytes of the busiest rank, when a token crosses to a node once, however many of its experts live there.
+        """Seconds and the busiest rank's inter-node bytes, if a token crosses to a node once.
 
-        One copy goes to the rank of the same place on the other node, which hands it on inside the node; one pass after the other.
+        One copy goes to the rank of the same place on the other node, which hands it on inside the
+        node; one pass after the other.
 
         Args:
-            routings: each rank's. placement: R ranks; the first copy of an expert is the one that is used.
+            routings: each rank's. placement: R ranks; the first copy of an expert is the one that
+                is used.
             row_bytes: bytes of a row: 2 D in bfloat16, D in FP8.
 
         Raises:
-            ValueError: ranks_per_node does not divide R, or the routings are not R or not for the placement's experts.
+            ValueError: ranks_per_node does not divide R, or the routings are not R or not for the
+                placement's experts.
         """
         R, m = placement.n_ranks, self._whole_nodes(placement.n_ranks)
         at_least(0, row_bytes=row_bytes)
         if [routing.n_experts for routing in routings] != [placement.n_experts] * R:
             raise ValueError(
-                f"routings to {[routing.n_experts for routing in routings]} experts must be {R}, one for each rank, "
-                f"to the placement's {placement.n_experts} experts"
+                f"routings to {[routing.n_experts for routing in routings]} experts must be {R}, "
+                f"one for each rank, to the placement's {placement.n_experts} experts"
             )
         across_RR, inside_RR = torch.zeros(2, R, R, dtype=torch.float64)
         owner_E = torch.tensor(
@@ -159,10 +170,11 @@ class Network:
 
 
 def uniform_bytes(tokens_per_rank: int, copies: float, row_bytes: float, n_ranks: int) -> Tensor:
-    r"""(R, R) bytes of a dispatch that spreads evenly: each rank sends out :math:`V = T k b (R - 1) / R`.
+    r"""(R, R) bytes of an even dispatch: a rank sends :math:`V = T k b (R - 1) / R`.
 
     Args:
-        tokens_per_rank: T. copies: k, rows per token (with one copy per node: the nodes it goes to).
+        tokens_per_rank: T. copies: k, rows per token (with one copy per node: the nodes it goes
+            to).
         row_bytes: b, bytes of a row. n_ranks: R.
 
     Raises:

@@ -1,9 +1,11 @@
-"""Published models in numbers: ``MODELS[name]`` is a ``ModelSpec``, ``UNSUPPORTED[name]`` says why there is none.
+"""Published models: ``MODELS[name]`` is a spec, ``UNSUPPORTED[name]`` says why there is none.
 
-Only the language model is counted: no vision tower, no block that predicts further tokens. Correction biases of loss-free
-balancing are moved by hand, not learned, and do not count either (but Kimi-K3's do, as in its source).
+Only the language model is counted: no vision tower, no block that predicts further tokens.
+Correction biases of loss-free balancing are moved by hand, not learned, and do not count either
+(but Kimi-K3's do, as in its source).
 
-What its makers announced stands in ``ANNOUNCED`` and need not agree: they round, and mean different things by "active".
+What its makers announced stands in ``ANNOUNCED`` and need not agree: they round, and mean different
+things by "active".
 """
 
 from dataclasses import replace
@@ -49,7 +51,7 @@ def _model(
 
 
 def _hybrid(layers: int, every: int, others, attention) -> list:
-    """Every so manieth layer has this attention, the others have the other mixer."""
+    """One layer in ``every`` has this attention, the others have the other mixer."""
     return [attention if (i + 1) % every == 0 else others for i in range(layers)]
 
 
@@ -65,7 +67,7 @@ def _switch(
     glu: bool = False,
     tied: bool = True,
 ) -> ModelSpec:
-    """T5 with MoE layers: an encoder and a decoder of n_layers each; every so manieth layer is MoE; 32 buckets of relative positions."""
+    """T5 with every ``every``-th layer MoE, encoder and decoder; 32 relative-position buckets."""
     moe, dense = MoESpec(n_experts, 1, d_ff, glu=glu), DenseSpec(d_ff, glu=glu)
     attention = GQA(n_heads, n_heads, 64)
     layers = []
@@ -91,7 +93,7 @@ def _switch(
 
 
 def _longcat() -> ModelSpec:
-    """Shortcut-connected: a layer has two attentions and two dense MLPs, and one MoE that runs beside the second half."""
+    """Shortcut-connected: two attentions and two dense MLPs a layer, one MoE beside them."""
     mla, dense, moe = (
         MLA(64, 1536, 512, 128, 64, 128),
         DenseSpec(12288),
@@ -125,7 +127,7 @@ def _ax_k1() -> ModelSpec:
 
 
 def _kimi_k3() -> ModelSpec:
-    """Every fourth layer and the last are MLA; a layer's residual attention (4 vectors of width D) stands with its two norms.
+    """Every fourth layer and the last are MLA; 4 vectors of residual attention a layer.
 
     Its source counts the router's correction bias as parameters, so here they are.
     """
@@ -135,8 +137,8 @@ def _kimi_k3() -> ModelSpec:
     )
     moe = MoESpec(896, 16, 3072, 2, router_bias=True, latent_dim=3584, latent_norm=True)
     source = (
-        "NeMo-Automodel's test of the released config.json; Megatron-Bridge, kimi_k3_layers.py; head sizes of MLA and the residual "
-        "attention are assumed"
+        "NeMo-Automodel's test of the released config.json; Megatron-Bridge, kimi_k3_layers.py; "
+        "head sizes of MLA and the residual attention are assumed"
     )
     return _model(
         source,
@@ -154,7 +156,10 @@ def _kimi_k3() -> ModelSpec:
 _DEEPSEEK = MLA(128, 1536, 512, 128, 64, 128)
 _QWEN3_NEXT = GatedDeltaNetSpec(16, 32, 128, 128)
 _SWITCH = "flaxformer, switch_*.gin; arXiv 2101.03961"
-_ET = "arXiv 2603.11535, Table 5, and the official code's model_base.py (multi-head attention, norms without parameters)"
+_ET = (
+    "arXiv 2603.11535, Table 5, and the official code's model_base.py (multi-head attention, norms "
+    "without parameters)"
+)
 
 MODELS: dict[str, ModelSpec] = _Models(
     {
@@ -452,9 +457,11 @@ MODELS: dict[str, ModelSpec] = _Models(
             2304,
             163840,
             [
-                MLA(32, None, 512, 128, 64, 128)
-                if i in (3, 7, 11, 15, 19, 26)
-                else KimiDeltaSpec(32, 128)
+                (
+                    MLA(32, None, 512, 128, 64, 128)
+                    if i in (3, 7, 11, 15, 19, 26)
+                    else KimiDeltaSpec(32, 128)
+                )
                 for i in range(27)
             ],
             MoESpec(256, 8, 1024, 1),
@@ -509,14 +516,18 @@ MODELS: dict[str, ModelSpec] = _Models(
 )
 
 UNSUPPORTED: dict[str, str] = {
-    "deepseek-v4-flash": "its layers compress past keys and values and mix several residual streams (hyper-connections); "
-    "no spec here has such parts",
-    "inkling (text)": "its layers have short convolutions on keys, values and both residual branches, and projections of relative "
-    "positions; no spec here has such parts",
+    "deepseek-v4-flash": (
+        "its layers compress past keys and values and mix several residual streams "
+        "(hyper-connections); no spec here has such parts"
+    ),
+    "inkling (text)": (
+        "its layers have short convolutions on keys, values and both residual branches, and "
+        "projections of relative positions; no spec here has such parts"
+    ),
 }
 
-# Billions of total and active parameters as papers, model cards and READMEs print them (for a few, a framework's documentation); None
-# where we have seen no figure.
+# Billions of total and active parameters as papers, model cards and READMEs print them (for a few,
+# a framework's documentation); None where we have seen no figure.
 ANNOUNCED: dict[str, tuple[float | None, float | None]] = {
     "mixtral-8x7b": (46.7, 12.9),
     "deepseekmoe-16b": (16.4, None),

@@ -1,7 +1,8 @@
 """Linear attention and state spaces in numbers: mixers whose memory of the past does not grow.
 
-Convolutions count as matrices: each of their numbers is multiplied once a token. What the recurrence itself costs hangs on
-how a kernel cuts the sequence into chunks, so these kinds refuse ``score_flops`` and ``saved``.
+Convolutions count as matrices: each of their numbers is multiplied once a token. What the
+recurrence itself costs hangs on how a kernel cuts the sequence into chunks, so these kinds refuse
+``score_flops`` and ``saved``.
 """
 
 from dataclasses import dataclass
@@ -13,10 +14,13 @@ from .attention import Mixer
 
 @dataclass(frozen=True)
 class GatedDeltaNetSpec(Mixer):
-    r"""Gated delta rule as in Qwen3-Next: D(2K + 2V + 2 H_v) + c(2K + V) + VD, and 2 H_v + d_v numbers in vectors.
+    r"""Gated delta rule as in Qwen3-Next.
+
+    Matrices: D(2K + 2V + 2 H_v) + c(2K + V) + VD; vectors: 2 H_v + d_v.
 
     Attributes:
-        n_k_heads, n_v_heads, head_k_dim, head_v_dim: H_k, H_v, d_k, d_v; K = H_k d_k and V = H_v d_v.
+        n_k_heads, n_v_heads, head_k_dim, head_v_dim: H_k, H_v, d_k, d_v; K = H_k d_k and V = H_v
+            d_v.
         conv: c, the length of the short convolution over q, k and v.
 
     Raises:
@@ -66,7 +70,8 @@ class GatedDeltaNetSpec(Mixer):
 class KimiDeltaSpec(Mixer):
     r"""Kimi delta attention: delta rule with a decay for every channel; P = H d.
 
-    .. math:: 4DP + 3cP + DH + (Dd + dP) \cdot \text{2 gates} \quad\text{and}\quad P + H + d \text{ in vectors}
+    .. math:: 4DP + 3cP + DH + (Dd + dP) \cdot \text{2 gates} \quad\text{and}\quad P + H + d \text{
+        in vectors}
 
     Attributes:
         n_heads, head_dim: H and d.
@@ -111,10 +116,13 @@ class KimiDeltaSpec(Mixer):
 
 @dataclass(frozen=True)
 class MambaSpec(Mixer):
-    r"""Mamba-1 with the norms of Jamba: I(3D + c + 2r + 2S), and I(S + 3) + r + 2S numbers in vectors.
+    r"""Mamba-1 with the norms of Jamba.
+
+    Matrices: I(3D + c + 2r + 2S); vectors: I(S + 3) + r + 2S.
 
     Attributes:
-        d_inner, d_state, d_conv, dt_rank: channels I, state S of a channel, length c of the convolution, rank r of the time step.
+        d_inner, d_state, d_conv, dt_rank: channels I, state S of a channel, length c of the
+            convolution, rank r of the time step.
 
     Raises:
         ValueError: a size is not a positive whole number.
@@ -137,7 +145,7 @@ class MambaSpec(Mixer):
         return self.d_inner * (3 * d_model + self.d_conv + 2 * self.dt_rank + 2 * self.d_state)
 
     def vectors(self, d_model: int) -> int:
-        """A and D of the state space, biases of the convolution and of the time step, norms of the time step, B and C."""
+        """A and D, biases of convolution and time step, norms of time step, B and C."""
         return self.d_inner * (self.d_state + 3) + self.dt_rank + 2 * self.d_state
 
     def state(self) -> int:
@@ -147,7 +155,9 @@ class MambaSpec(Mixer):
 
 @dataclass(frozen=True)
 class LightningAttentionSpec(Mixer):
-    """Lightning attention as in MiniMax-Text-01: linear attention with a fixed decay, a norm and a gate on its output; P = H d.
+    """Lightning attention as in MiniMax-Text-01; P = H d.
+
+    Linear attention with a fixed decay, and a norm and a gate on its output.
 
     Attributes:
         n_heads, head_dim: H and d.

@@ -1,7 +1,7 @@
 r"""Roofline of an expert's matrix products: do they wait for arithmetic or for memory?
 
-.. math:: I = \frac{2 m d f}{b\,(d f + m d + m f)} \approx m \text{ (in bfloat16, while } m \ll d, f\text{)}, \qquad
-    \text{attainable} = \min(\text{peak}, I \cdot \text{bandwidth})
+.. math:: I = \frac{2 m d f}{b\,(d f + m d + m f)} \approx m \text{ (in bfloat16, while } m \ll d,
+    f\text{)}, \qquad \text{attainable} = \min(\text{peak}, I \cdot \text{bandwidth})
 
 m tokens go through one d x f matrix. At the ridge, I = peak / bandwidth, both limits meet.
 Source: Williams, Waterman and Patterson 2009, "Roofline"; the rest is arithmetic.
@@ -22,7 +22,8 @@ class Accelerator:
         peak_flops: FLOP/s of bfloat16 matrix products, dense (without sparsity).
         memory_bandwidth: bytes/s between the processor and its memory, one direction at a time.
         memory: bytes.
-        link_bandwidth: bytes/s to its neighbours in a node, in one direction (half of what is advertised as bidirectional).
+        link_bandwidth: bytes/s to its neighbours in a node, in one direction (half of what is
+            advertised as bidirectional).
         network_bandwidth: bytes/s to other nodes, in one direction.
     """
 
@@ -39,8 +40,9 @@ class Accelerator:
         return self.peak_flops / self.memory_bandwidth
 
 
-# NVIDIA's data sheets for SXM boards; of a B200, an eighth of what is stated for a DGX B200. NVLink: 600, 900, 900 and 1800 GB/s in
-# both directions together. Network: one InfiniBand port for each GPU, HDR (200 Gb/s) beside an A100, NDR (400 Gb/s) beside the others.
+# NVIDIA's data sheets for SXM boards; of a B200, an eighth of what is stated for a DGX B200.
+# NVLink: 600, 900, 900 and 1800 GB/s in both directions together. Network: one InfiniBand port for
+# each GPU, HDR (200 Gb/s) beside an A100, NDR (400 Gb/s) beside the others.
 ACCELERATORS = {
     "a100": Accelerator("A100 80 GB", 312e12, 2.04e12, 80e9, 300e9, 25e9),
     "h100": Accelerator("H100", 989e12, 3.35e12, 80e9, 450e9, 50e9),
@@ -50,7 +52,10 @@ ACCELERATORS = {
 
 
 def intensity(m: float, d: int, f: int, bytes_per_number: float = 2) -> float:
-    """FLOPs per byte of (m, d) times (d, f), every number read or written once. Raises ValueError for a size below what makes sense."""
+    """FLOPs per byte of (m, d) times (d, f), every number read or written once.
+
+    Raises ValueError for a size below what makes sense.
+    """
     at_least(0, m=m, bytes_per_number=bytes_per_number)
     whole(1, d=d, f=f)
     return 2 * m * d * f / (bytes_per_number * (d * f + m * d + m * f))
@@ -66,11 +71,12 @@ def attainable_flops(
 
 
 def tokens_to_reach(ridge: float, d: int, f: int, bytes_per_number: float = 2) -> float:
-    r"""Tokens an expert needs for its product to reach the ridge: the m at which the intensity is ``ridge``.
+    r"""Tokens at which an expert's product reaches the ridge: the m of that intensity.
 
     .. math:: m = \frac{r b\,d f}{2 d f - r b (d + f)}
 
-    Infinity where no m is enough: with many tokens the intensity tends to 2 d f / (b (d + f)), and that is below the ridge.
+    Infinity where no m is enough: with many tokens the intensity tends to 2 d f / (b (d + f)), and
+    that is below the ridge.
 
     Raises:
         ValueError: a value is out of its range.
@@ -89,12 +95,13 @@ def tokens_per_expert(n_tokens: float, n_experts: int, top_k: float) -> float:
 
 
 def distinct_experts(n_tokens: int, n_experts: int, top_k: float) -> float:
-    r"""How many of the E experts a batch of T tokens reads, on average, if each token picks k of them evenly and on its own.
+    r"""Experts that a batch of T tokens reads, on average, if each picks k of E evenly.
 
     .. math:: E \left(1 - \left(1 - \frac{k}{E}\right)^T\right)
 
     Raises:
-        ValueError: n_tokens is negative, or top_k (which may be a mean) is not above 0 and at most n_experts.
+        ValueError: n_tokens is negative, or top_k (which may be a mean) is not above 0 and at most
+            n_experts.
     """
     whole(0, n_tokens=n_tokens)
     if not 0 < top_k <= n_experts:
@@ -105,11 +112,13 @@ def distinct_experts(n_tokens: int, n_experts: int, top_k: float) -> float:
 def expert_roofline(
     spec: ModelSpec, n_tokens: int, accelerator: Accelerator, bytes_per_number: float = 2
 ) -> list[dict[str, float]]:
-    """Every distinct MoE of a model at a batch of ``n_tokens`` (all that are in flight on the ranks that share its experts).
+    """Every distinct MoE of a model at a batch of ``n_tokens``.
+
+    Those are all tokens in flight on the ranks that share its experts.
 
     Returns:
-        For each: "tokens_per_expert", "intensity" (FLOPs/byte, of a D x F product), "attainable_flops" (FLOP/s), "share_of_peak",
-        "tokens_per_expert_at_ridge", "experts_read".
+        For each: "tokens_per_expert", "intensity" (FLOPs/byte, of a D x F product),
+        "attainable_flops" (FLOP/s), "share_of_peak", "tokens_per_expert_at_ridge", "experts_read".
 
     Raises:
         ValueError: a value is out of its range, or the model has no MoE layer.

@@ -1,4 +1,4 @@
-"""ModelSpec: a language model in numbers, and how many parameters it has, by part and by every convention in use."""
+"""ModelSpec: a language model in numbers, and how many parameters it has."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +20,8 @@ class LayerSpec:
     """One layer: most have one mixer, one feed-forward network and two norms.
 
     Attributes:
-        mixers: what mixes the tokens: ``AttentionSpec`` and its like. Two in a decoder that also looks at an encoder.
+        mixers: what mixes the tokens: ``AttentionSpec`` and its like. Two in a decoder that also
+            looks at an encoder.
         feed_forwards: ``DenseSpec`` or ``MoESpec``.
         n_norms: norms of width D outside the mixers.
     """
@@ -50,19 +51,22 @@ class ModelSpec:
 
     Three conventions for "active parameters" are in use; a published figure may mean any of them:
 
-    .. math:: A_{all} = \text{total} - \text{routed}\,(1 - k/E), \quad A_{head} = A_{all} - \text{input embedding (if untied)}, \quad
-        A_{nonemb} = A_{all} - \text{embedding and head}
+    .. math:: A_{all} = \text{total} - \text{routed}\,(1 - k/E), \quad A_{head} = A_{all} -
+        \text{input embedding (if untied)}, \quad A_{nonemb} = A_{all} - \text{embedding and head}
 
-    ``active_params`` is A_all: it needs no say about embeddings, and of the three it is the one that announced figures match most often.
+    ``active_params`` is A_all: it needs no say about embeddings, and of the three it is the one
+    that announced figures match most often.
 
     Attributes:
         d_model, vocab_size: D and V.
         layers: one ``LayerSpec`` a layer, in order; those of an encoder first.
         tied: embedding and head are one matrix.
         head_bias: the head adds a bias, V numbers.
-        norm: "rms" (D numbers), "layer" (2D) or "none" (no parameters); of the norms outside the mixers.
+        norm: "rms" (D numbers), "layer" (2D) or "none" (no parameters); of the norms outside the
+            mixers.
         n_final_norms: 1; 2 where an encoder ends in one of its own.
-        n_encoder_layers: how many of the layers are an encoder's, which sees other tokens: 0 in a decoder-only model.
+        n_encoder_layers: how many of the layers are an encoder's, which sees other tokens: 0 in a
+            decoder-only model.
         source: where the numbers stand; no part of the comparison of two specs.
 
     Raises:
@@ -92,7 +96,8 @@ class ModelSpec:
         whole(0, n_final_norms=self.n_final_norms, n_encoder_layers=self.n_encoder_layers)
         if self.n_encoder_layers > len(self.layers):
             raise ValueError(
-                f"n_encoder_layers={self.n_encoder_layers} must be at most the number of layers={len(self.layers)}"
+                f"n_encoder_layers={self.n_encoder_layers} must be at most the number of "
+                f"layers={len(self.layers)}"
             )
 
     @classmethod
@@ -112,12 +117,14 @@ class ModelSpec:
     ) -> "ModelSpec":
         """A decoder-only model of equal layers, some of them MoE.
 
-        Layer i (from 0) is MoE when i >= n_dense_layers and i + 1 is a multiple of moe_every; the others are dense.
+        Layer i (from 0) is MoE when i >= n_dense_layers and i + 1 is a multiple of moe_every; the
+        others are dense.
 
         Args:
             attention: of every layer, or one for each of the n_layers.
             moe, dense: the feed-forward networks; each must be given if a layer needs it.
-            n_dense_layers: leading layers that are dense. moe_every: of the others, every how manieth is MoE.
+            n_dense_layers: leading layers that are dense.
+            moe_every: distance between MoE layers among the others; 1 if all of them are MoE.
             n_norms: norms of a layer.
             model: ``tied``, ``head_bias``, ``norm`` and the other fields of ModelSpec.
 
@@ -168,11 +175,14 @@ class ModelSpec:
         return {part: tuple(numbers) for part, numbers in sums.items()}
 
     def check_decoder_only(self) -> None:
-        """Raise ValueError for a model with an encoder: its tokens are others than the decoder's, so nothing is "per token"."""
+        """Raise ValueError for a model with an encoder.
+
+        Its tokens are others than the decoder's, so nothing is "per token".
+        """
         if self.n_encoder_layers:
             raise ValueError(
-                f"n_encoder_layers={self.n_encoder_layers} must be 0: encoder and decoder see different tokens, "
-                "and this is counted per token"
+                f"n_encoder_layers={self.n_encoder_layers} must be 0: encoder and decoder see "
+                "different tokens, and this is counted per token"
             )
 
     @property
@@ -187,12 +197,15 @@ class ModelSpec:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Parameters of each of ``PARTS``; their sum is ``total_params``. A tied head has none of its own."""
+        """Parameters of each of ``PARTS``; their sum is ``total_params``.
+
+        A tied head has none of its own.
+        """
         return {part: matrices + vectors for part, (matrices, vectors) in self.numbers.items()}
 
     @property
     def active_parts(self) -> dict[str, int]:
-        """The same, with only the experts that a token visits (on average); their sum is ``active_params``."""
+        """The same with the experts of one token (on average); the sum is ``active_params``."""
         routed = sum(
             moe.experts_per_token * moe.expert_params(self.d_model) for moe in self.moe_layers
         )
@@ -205,12 +218,12 @@ class ModelSpec:
 
     @property
     def active_params(self) -> int:
-        """A_all: parameters that one token uses, embedding and head included; a token visits top_k experts in every MoE."""
+        """A_all: parameters that one token uses, embedding and head included."""
         return sum(self.active_parts.values())
 
     @property
     def active_params_head(self) -> int:
-        """A_head: without the input embedding, which is looked up and not multiplied; a tied one is the head and stays."""
+        """A_head: without the input embedding, unless it is tied and so the head."""
         return self.active_params - (0 if self.tied else self.parts["embedding"])
 
     @property
@@ -219,7 +232,10 @@ class ModelSpec:
         return self.active_params - self.parts["embedding"] - self.parts["head"]
 
     def active(self, convention: str = "all") -> int:
-        """Active parameters by a convention: "all", "head" or "nonemb". Raises ValueError for another."""
+        """Active parameters by a convention: "all", "head" or "nonemb".
+
+        Raises ValueError for another.
+        """
         one_of(ACTIVE_CONVENTIONS, convention=convention)
         return {
             "all": self.active_params,

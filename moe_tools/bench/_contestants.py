@@ -8,7 +8,7 @@ from ..interop import hf
 
 
 def others(ours: MixtureOfExperts) -> dict[str, nn.Module]:
-    """Hugging Face's Mixtral block with our weights, in its two fast forms, and st-moe-pytorch's layer of the same size."""
+    """Hugging Face's Mixtral block with our weights, and st-moe-pytorch's layer."""
     return _hugging_face(ours) | _st_moe(ours)
 
 
@@ -36,7 +36,10 @@ def _hugging_face(ours: MixtureOfExperts) -> dict[str, nn.Module]:
 
 
 def _st_moe(ours: MixtureOfExperts) -> dict[str, nn.Module]:
-    """Its own weights, capacity and gate, since it has no others; experts as wide as ours (it takes two thirds of its multiplier)."""
+    """Its own weights, capacity and router; its experts as wide as ours.
+
+    It takes two thirds of its multiplier.
+    """
     try:
         from st_moe_pytorch import MoE
     except ImportError:

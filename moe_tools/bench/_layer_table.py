@@ -1,4 +1,4 @@
-"""What the layer bench found, as text: a table a shape, the ratios that matter, and how time grows with T and with E."""
+"""What the layer bench found, as text."""
 
 import math
 from statistics import fmean
@@ -28,11 +28,13 @@ def machine(record: dict) -> str:
     found, results = record["machine"], record["results"]
     where = (
         found["gpu"]
-        or f"{found['threads']} thread{'s' * (found['threads'] > 1)} of a CPU ({found['processor']})"
+        or f"{found['threads']} thread{'s' * (found['threads'] > 1)} "
+        f"of a CPU ({found['processor']})"
     )
     return (
-        f"{where}, {record['config']['dtype']}, torch {found['torch']}; one large matrix product runs at {_rate(results['matmul_gflops'])}. "
-        f"Medians of {record['config']['rounds']} rounds, {len(record['seeds'])} repetitions."
+        f"{where}, {record['config']['dtype']}, torch {found['torch']}; one large matrix product "
+        f"runs at {_rate(results['matmul_gflops'])}. Medians of {record['config']['rounds']} "
+        f"rounds, {len(record['seeds'])} repetitions."
     )
 
 
@@ -94,7 +96,7 @@ def summary(record: dict) -> str:
 
 
 def growth(record: dict, name: str) -> str:
-    """How the time grows with T, or with E at a fixed T*K (the same rows are then multiplied, whatever E is), as bars."""
+    """Bars: how the time grows with T, or with E at a fixed T*K, which is the same rows."""
     points = record["results"]["growth"][name]
     means = [fmean(point["ms"]) for point in points]
     fixed = {
@@ -102,7 +104,8 @@ def growth(record: dict, name: str) -> str:
     }
     title = f"Time against {name} ({', '.join(f'{key}={value}' for key, value in fixed.items())})"
     lines = [
-        f"{name} = {point['shape'][name]:>5}  {'█' * max(1, round(48 * ms / max(means))):<48}  {ms:7.1f} ms"
+        f"{name} = {point['shape'][name]:>5}  {'█' * max(1, round(48 * ms / max(means))):<48} "
+        f" {ms:7.1f} ms"
         for point, ms in zip(points, means)
     ]
     return "\n".join([title, *lines])

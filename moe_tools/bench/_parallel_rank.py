@@ -1,4 +1,7 @@
-"""What every rank of the parallel bench does. Nothing is compared here: a rank only says how long things took, turn by turn."""
+"""What every rank of the parallel bench does.
+
+Nothing is compared here: a rank only says how long things took, turn by turn.
+"""
 
 import os
 import random
@@ -26,7 +29,7 @@ WARM_UP = 2  # turns that do not count
 
 
 class TimedExchange(TorchExchange):
-    """Notes of every all-to-all its name, the rows, how many go to and come from each rank, and the seconds, waiting included."""
+    """Notes every all-to-all: name, rows, splits, and seconds with the waiting."""
 
     def __init__(self):
         super().__init__()
@@ -49,7 +52,10 @@ class TimedExchange(TorchExchange):
 
 
 def serve(rank: int, n_ranks: int, folder: str, jobs: list[tuple], pipe) -> None:
-    """A process: joins the others, measures one (shape, seed, rounds, sizes) after the other, and sends what ``measure`` found."""
+    """One process: join the others, measure job after job, send what was found.
+
+    A job is (shape, seed, rounds, sizes).
+    """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -66,14 +72,14 @@ def serve(rank: int, n_ranks: int, folder: str, jobs: list[tuple], pipe) -> None
 
 
 def measure(shape: LayerShape, seed: int, rounds: int, sizes: list[int]) -> dict:
-    """This rank's seconds of every contestant and of every all-to-all, one entry a round; every rank calls it.
+    """This rank's seconds of every contestant and all-to-all; every rank calls it.
 
     Args:
         sizes: bytes to each other rank, of the all-to-alls that show what the links are like.
 
     Returns:
-        {"steps": {contestant: seconds}, "moves": {contestant: its all-to-alls in order, each with "what", "bytes" to every rank,
-        "in_step" and "by_itself" seconds}, "even": {size: seconds}}.
+        {"steps": {contestant: seconds}, "moves": {contestant: its all-to-alls in order, each with
+        "what", "bytes" to every rank, "in_step" and "by_itself" seconds}, "even": {size: seconds}}.
     """
     rank, R = dist.get_rank(), dist.get_world_size()
     exchange = TimedExchange()

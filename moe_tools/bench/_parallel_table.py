@@ -1,4 +1,4 @@
-"""What the parallel bench found, as text: steps and how they scale, the all-to-alls of a step against the model, and the links."""
+"""What the parallel bench found, as text."""
 
 from statistics import fmean
 
@@ -16,13 +16,14 @@ def machine(record: dict) -> str:
     """The line above the tables."""
     found, config = record["machine"], record["config"]
     return (
-        f"{config['n_ranks']} processes of one thread on one machine ({found['processor']}), {config['backend']}, {config['dtype']}, "
-        f"torch {found['torch']}. Medians of {config['rounds']} rounds, {len(record['seeds'])} repetitions."
+        f"{config['n_ranks']} processes of one thread on one machine ({found['processor']}), "
+        f"{config['backend']}, {config['dtype']}, torch {found['torch']}. Medians of "
+        f"{config['rounds']} rounds, {len(record['seeds'])} repetitions."
     )
 
 
 def scaling(record: dict) -> str:
-    """Milliseconds of a step, how many times the tokens per second of one process R of them reach, and the share of the all-to-all."""
+    """Milliseconds of a step, speed-up over one process, and the share of the all-to-all."""
     R = record["config"]["n_ranks"]
     head = ["shape", "contestant", "ms", "tokens/s, times 1 process", "all-to-all", "of the step"]
     lines = []
@@ -49,8 +50,10 @@ def scaling(record: dict) -> str:
 
 
 def all_to_alls(record: dict) -> str:
-    """The five all-to-alls of a step together: bytes, what the model says, what they take by themselves, and in the step, where
-    ranks wait."""
+    """The five all-to-alls of a step: bytes, modelled, by themselves, and in the step.
+
+    In the step ranks wait for each other.
+    """
     head = [
         "shape",
         "contestant",
@@ -83,7 +86,7 @@ def all_to_alls(record: dict) -> str:
 
 
 def links(record: dict) -> str:
-    """The fit: alpha and beta over all shapes and repetitions, and how far it is from what was measured, size by size."""
+    """Alpha and beta as fitted, and modelled over measured time, size by size."""
     networks = [network for found in record["results"] for network in found["network"]]
     sizes = {}
     for found in record["results"]:

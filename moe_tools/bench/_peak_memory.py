@@ -10,7 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(run: Callable[[], None], device: str = "cpu") -> int:
-    """Bytes above what was alive before. On a CPU added up from the allocator's own events, every one of them; on CUDA its statistics."""
+    """Bytes above what was alive before.
+
+    On a CPU added up from the allocator's own events, every one of them; on CUDA its statistics.
+    """
     run()  # what is made once is not counted
     if device != "cpu":
         module = torch.get_device_module(device)

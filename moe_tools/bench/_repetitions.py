@@ -1,4 +1,4 @@
-"""What is told of a measurement that was repeated: its mean, and how far apart the repetitions are."""
+"""What is told of a repeated measurement: the mean and the spread."""
 
 from statistics import fmean
 

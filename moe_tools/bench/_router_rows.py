@@ -15,7 +15,10 @@ from .. import corpus
 
 @dataclass(frozen=True)
 class Budget:
-    """What every router gets. Raises ValueError unless the sizes are whole numbers above 0, and lr at least 0."""
+    """What every router gets.
+
+    Raises ValueError unless the sizes are whole numbers above 0, and lr at least 0.
+    """
 
     steps: int = 500
     batch_size: int = 16
@@ -37,7 +40,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Row:
-    """How the bench sets up a router: fields of MoEConfig besides the budget's, the router's own options, and a word on it."""
+    """How the bench sets up a router: MoEConfig's fields, the router's options, a note."""
 
     fields: dict
     options: dict

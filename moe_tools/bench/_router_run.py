@@ -37,7 +37,7 @@ def run(name: str, seed: int, budget: Budget) -> dict:
 
 
 def _train(model: LanguageModel, seed: int, budget: Budget) -> dict:
-    """AdamW with a short warm-up and a cosine; what is said of training is the mean over the last fifth of the steps."""
+    """Train; what is said of it is the mean over the last fifth of the steps."""
     batches = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=budget.lr, betas=(0.9, 0.95), weight_decay=0.1
@@ -78,7 +78,7 @@ def _train(model: LanguageModel, seed: int, budget: Budget) -> dict:
 
 
 def _mean_over_layers(model: LanguageModel, routings_of_layers: list[list]) -> dict:
-    """The metrics of each layer's pooled routings, averaged over layers; dead experts are added up."""
+    """Each layer's metrics, averaged over layers; dead experts are added up."""
     found = []
     for layer, routings in zip(_layers(model), routings_of_layers):
         kept_E = torch.stack([routing.tokens_per_expert for routing in routings]).sum(0)
@@ -93,7 +93,7 @@ def _mean_over_layers(model: LanguageModel, routings_of_layers: list[list]) -> d
 
 @torch.no_grad()
 def _evaluate(model: LanguageModel, budget: Budget) -> dict:
-    """Loss on held-out windows, the metrics of their routings, and the loss of some windows whole and prefix by prefix."""
+    """Held-out loss and metrics, and the loss of some windows whole and prefix by prefix."""
     model.eval()
     windows = torch.Generator().manual_seed(12345)
     draw = lambda B: text().batch(B, budget.seq_len, generator=windows, split="valid")[0]
@@ -115,14 +115,14 @@ def _evaluate(model: LanguageModel, budget: Budget) -> dict:
 
 
 def _prefix_by_prefix(model: LanguageModel, tokens_N: Tensor) -> Tensor:
-    """(1, N, V): the logits of each position when nothing after it is there, nor any other sequence."""
+    """(1, N, V): each position's logits without what follows it or other sequences."""
     return torch.cat(
         [model(tokens_N[: n + 1].unsqueeze(0))[0][:, -1:] for n in range(len(tokens_N))], dim=1
     )
 
 
 def _probe(model: LanguageModel, budget: Budget) -> dict:
-    """What the probe finds, in float64, on two rows of text and one of a single byte: so that some experts are crowded."""
+    """What the probe finds in float64 on two rows of text and one that crowds an expert."""
     rows = text().batch(
         2, budget.seq_len, generator=torch.Generator().manual_seed(54321), split="valid"
     )[0]

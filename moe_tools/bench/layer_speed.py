@@ -1,10 +1,12 @@
-"""The layer bench: one MoE layer, forward and backward, against Hugging Face's block on the same weights and against a dense MLP.
+"""The layer bench: one MoE layer against Hugging Face's block and a dense MLP.
 
-All contestants take turns in one process, in a drawn order every round, so that they meet the same machine; the median over the rounds counts,
-and what is compared are ratios. The dense MLP works on T*K rows: the same multiplications without any routing. It is the floor.
+All contestants take turns in one process, in a drawn order every round, so that they meet the same
+machine; the median over the rounds counts, and what is compared are ratios. The dense MLP works on
+T*K rows: the same multiplications without any routing. It is the floor.
 
-Memory is the most that was alive at once during a step, weights excluded, gradients included. The rate counts the multiplications of the
-experts alone (3 D F a row, three times that with the backward pass); its share is that of this machine's rate for one large product of two matrices.
+Memory is the most that was alive at once during a step, weights excluded, gradients included. The
+rate counts the multiplications of the experts alone (3 D F a row, three times that with the
+backward pass); its share is that of this machine's rate for one large product of two matrices.
 """
 
 import copy
@@ -32,7 +34,7 @@ DENSE = "dense, T*K rows"
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer and one batch: T tokens, D d_model, F d_ff, E experts, K of them per token; forward alone for a decoding step."""
+    """One layer and one batch; ``forward_only`` for a decoding step."""
 
     T: int
     D: int
@@ -43,7 +45,7 @@ class LayerShape:
 
     @property
     def flops(self) -> int:
-        """Of the experts in one step: two for each multiplication, and twice as many again backward."""
+        """Of the experts in one step: 2 a multiplication, twice as many again backward."""
         return (1 if self.forward_only else 3) * 6 * self.T * self.K * self.D * self.F
 
     def __str__(self) -> str:
@@ -93,7 +95,8 @@ def bench(
         progress: called with one line of text after each shape.
 
     Returns:
-        ``{"machine", "config", "seeds", "results"}`` of plain values; results holds, by shape and contestant, lists with one entry per seed.
+        ``{"machine", "config", "seeds", "results"}`` of plain values; results holds, by shape and
+        contestant, lists with one entry per seed.
 
     Raises:
         ValueError: an unknown backend, or a number that is not positive.
@@ -170,7 +173,7 @@ def _layer(
 def _run(
     shape: LayerShape, backends: list[str], seed: int, rounds: int, device: str, dtype: torch.dtype
 ) -> dict:
-    """One repetition of one shape: every contestant's median milliseconds, and peak memory in MB."""
+    """One repetition of one shape: median milliseconds and peak memory in MB."""
     ours = _layer(shape, "auto", seed, device, dtype)
     modules = {DENSE: FeedForward(shape.D, shape.F).to(device, dtype)}
     for backend in backends:
@@ -179,10 +182,12 @@ def _run(
     modules |= contestants.others(ours)
     times = _clock(modules, shape, seed, rounds, device, dtype)
     peak = {
-        name: peak_bytes(
-            lambda: _step(module, _input(name, shape, seed, device, dtype), shape), device
+        name: (
+            peak_bytes(
+                lambda: _step(module, _input(name, shape, seed, device, dtype), shape), device
+            )
+            / 1e6
         )
-        / 1e6
         for name, module in modules.items()
     }
     rows = torch.empty(shape.T * shape.K, shape.D, dtype=dtype, device=device)
@@ -239,7 +244,7 @@ def _wait(device: str) -> None:
 
 
 def _matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """GFLOP/s of one large product, the best of several: what this machine gives when nothing is in the way."""
+    """GFLOP/s of one large product, the best of several."""
     n = 2048 if device == "cpu" else 8192
     a, b, seconds = (
         torch.randn(n, n, device=device, dtype=dtype),

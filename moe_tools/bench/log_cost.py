@@ -1,9 +1,10 @@
 """What logging costs: ``python -m moe_tools.bench.log_cost``.
 
-Trains the small language model with and without a ``RoutingLog``, by turns: one round without, one with it, each as many steps as the log
-skips, so that a round with it holds one step recorded in full and one of which the load is taken. Told in two ways: the median round
-with over the median round without, and the time spent in ``add`` over that of its round, which is steadier. Time is processor time, so that
-other work on the machine counts less.
+Trains the small language model with and without a ``RoutingLog``, by turns: one round without, one
+with it, each as many steps as the log skips, so that a round with it holds one step recorded in
+full and one of which the load is taken. Told in two ways: the median round with over the median
+round without, and the time spent in ``add`` over that of its round, which is steadier. Time is
+processor time, so that other work on the machine counts less.
 """
 
 import argparse
@@ -19,17 +20,16 @@ from moe_core.validate import whole
 from ..diagnosis.routing_log import RoutingLog
 from ._router_rows import text
 
-MODEL_SIZES = {  # name -> LMConfig's d_model, n_layers and n_heads, MoEConfig's d_ff, batch_size, seq_len
-    "router bench": (64, 2, 4, 64, 16, 64),
-    "chapter": (128, 4, 4, 128, 16, 128),
-}
+# name -> LMConfig's d_model, n_layers and n_heads, MoEConfig's d_ff, batch_size, seq_len
+MODEL_SIZES = {"router bench": (64, 2, 4, 64, 16, 64), "chapter": (128, 4, 4, 128, 16, 128)}
 
 
 def measure(size: str, *, every: int = 20, rounds: int = 15) -> dict[str, float]:
-    """Step time in ms of one processor, the medians' ratio minus 1, and the median share of the time spent in ``add``.
+    """Step time in ms, the medians' ratio minus 1, and the median share spent in ``add``.
 
     Args:
-        size: one of ``MODEL_SIZES``. every: steps between records, and in a round. rounds: of each kind.
+        size: one of ``MODEL_SIZES``. every: steps between records, and in a round. rounds: of each
+            kind.
 
     Raises:
         ValueError: a number is not a whole one, at least 1 (every: 2), or the size is unknown.
@@ -84,8 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
     for size in MODEL_SIZES:
         found = measure(size, every=asked.every, rounds=asked.rounds)
         print(
-            f"{size}: a step takes {found['step_ms']:.1f} ms; logging every {asked.every} steps adds {found['ratio']:+.2%} "
-            f"(medians of rounds), {found['share_in_add']:.2%} of the time is spent in add"
+            f"{size}: a step takes {found['step_ms']:.1f} ms; logging every {asked.every} steps "
+            f"adds {found['ratio']:+.2%} (medians of rounds), {found['share_in_add']:.2%} of the "
+            "time is spent in add"
         )
 
 

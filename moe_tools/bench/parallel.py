@@ -1,12 +1,13 @@
-"""The parallel bench: forward and backward of one MoE layer whose experts are spread over R processes of this machine.
+"""The parallel bench: one MoE layer spread over R processes of this machine.
 
-Three questions. How much of a step is the all-to-all? What is won by a second process: with as many tokens in all, and with as many tokens
-in each? And does the alpha-beta model of ``parallel.cost`` say how long an all-to-all takes? Its two numbers are fitted to all-to-alls of
-several sizes, measured in the same run, and then asked about the bytes that the layer really sends.
+Three questions. How much of a step is the all-to-all? What is won by a second process: with as many
+tokens in all, and with as many tokens in each? And does the alpha-beta model of
+``accounting.network`` say how long an all-to-all takes? Its two numbers are fitted to all-to-alls
+of several sizes, measured in the same run, and then asked about the bytes that the layer sends.
 
-gloo, one thread each. All contestants take turns in the same processes, from a barrier on, in a drawn order every round; the slowest rank
-of a round counts, and the median over rounds. R processes that exchange nothing are in, too: what they lose against one is the
-machine's doing.
+gloo, one thread each. All contestants take turns in the same processes, from a barrier on, in a
+drawn order every round; the slowest rank of a round counts, and the median over rounds. R processes
+that exchange nothing are in, too: what they lose against one is the machine's doing.
 """
 
 import math
@@ -55,11 +56,13 @@ def bench(
         n_ranks: R, processes; as many processor cores should be free.
         seeds: of weights and tokens; each seed is one repetition of the whole.
         rounds: measurements of each contestant and each all-to-all in a repetition.
-        sizes: bytes from each rank to each other one, of the all-to-alls to which the model is fitted; at least two.
+        sizes: bytes from each rank to each other one, of the all-to-alls to which the model is
+            fitted; at least two.
         progress: called with one line of text after each shape and seed.
 
     Returns:
-        ``{"machine", "config", "seeds", "results"}`` of plain values; results holds for every shape lists with one entry per seed.
+        ``{"machine", "config", "seeds", "results"}`` of plain values; results holds for every shape
+        lists with one entry per seed.
 
     Raises:
         ValueError: a number is out of range, or R does not divide T or E.
@@ -139,7 +142,7 @@ def _receive(pipe, processes: list) -> dict:
 
 
 def _evaluate(ranks: list[dict]) -> dict:
-    """From every rank's seconds to medians in ms, to the network they fit, and to what the model says of the layer's own bytes."""
+    """From seconds to medians in ms, the fitted network, and what it says of the layer."""
     R = len(ranks)
     even = {size: _ms([rank["even"][size] for rank in ranks]) for size in ranks[0]["even"]}
     network = fit({size * (R - 1): ms / 1e3 for size, ms in even.items()}, R)
@@ -182,12 +185,14 @@ def _evaluate(ranks: list[dict]) -> dict:
             "moves": moves,
         }
     return {
-        "ms": {
-            name: _ms([rank["steps"][name] for rank in ranks])
-            for name in ranks[0]["steps"]
-            if name != ALONE
-        }
-        | {ALONE: _ms([ranks[0]["steps"][ALONE]])},
+        "ms": (
+            {
+                name: _ms([rank["steps"][name] for rank in ranks])
+                for name in ranks[0]["steps"]
+                if name != ALONE
+            }
+            | {ALONE: _ms([ranks[0]["steps"][ALONE]])}
+        ),
         "exchanged": exchanged,
         "links": links,
         "network": {
@@ -207,7 +212,8 @@ def fit(seconds: dict[float, float], n_ranks: int) -> Network:
 
     .. math:: t = (R - 1) \alpha + V / \beta
 
-    alpha and beta with the least sum of squared relative errors, so that small sizes count as much as large ones; neither is below 0.
+    alpha and beta with the least sum of squared relative errors, so that small sizes count as much
+    as large ones; neither is below 0.
 
     Args:
         seconds: V, the bytes that each rank sends to others -> t.

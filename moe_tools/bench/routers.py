@@ -1,14 +1,17 @@
-"""The router bench: every router that ``MoEConfig`` knows, on the same text, model, budget and seeds.
+"""The router bench: every router on the same text, model, budget and seeds.
 
-Within a seed all routers start from the same weights (where shapes agree and the router does not prescribe its own) and read the
-same batches. A token has the compute of K experts of width F: exactly, in the mean (where experts or thresholds choose), or as
-one expert of width K*F (where the router has K = 1). Soft MoE is left out: it mixes all tokens of a sequence, so a language model
-made of it predicts the next token from the next token. Expert choice has the same fault to a lesser degree; it is in, and marked.
+Within a seed all routers start from the same weights (where shapes agree and the router does not
+prescribe its own) and read the same batches. A token has the compute of K experts of width F:
+exactly, in the mean (where experts or thresholds choose), or as one expert of width K*F (where the
+router has K = 1). Soft MoE is left out: it mixes all tokens of a sequence, so a language model made
+of it predicts the next token from the next token. Expert choice has the same fault to a lesser
+degree; it is in, and marked.
 
-Losses are measured in eval mode, hence with each router's own eval routing: pure thresholds, no noise, the best expert
-instead of the assigned one. "alone" feeds some of that text as generating would, prefix by prefix and one sequence at a time, and
-says by how much the loss is then above that of the same windows whole and together: 0 for a router that looks at one token, more
-for one that reads other tokens or whose capacity shrinks with their number.
+Losses are measured in eval mode, hence with each router's own eval routing: pure thresholds, no
+noise, the best expert instead of the assigned one. "alone" feeds some of that text as generating
+would, prefix by prefix and one sequence at a time, and says by how much the loss is then above that
+of the same windows whole and together: 0 for a router that looks at one token, more for one that
+reads other tokens or whose capacity shrinks with their number.
 """
 
 import multiprocessing
@@ -45,7 +48,8 @@ def bench(
         progress: called with one line of text after each run.
 
     Returns:
-        ``{"config", "seeds", "results"}`` of plain values, results by router: numbers are lists with one entry per seed.
+        ``{"config", "seeds", "results"}`` of plain values, results by router: numbers are lists
+        with one entry per seed.
 
     Raises:
         ValueError: an unknown router, no router, no seed, or a budget that does not fit.
@@ -59,8 +63,8 @@ def bench(
     def report(found: dict) -> None:
         done.append(found)
         progress(
-            f"[{len(done)}/{len(jobs)}] {found['name']}, seed {found['seed']}: held-out loss {found['held_out']:.3f}, "
-            f"{found['run_seconds']:.0f} s"
+            f"[{len(done)}/{len(jobs)}] {found['name']}, seed {found['seed']}: held-out loss "
+            f"{found['held_out']:.3f}, {found['run_seconds']:.0f} s"
         )
 
     if workers == 1:
@@ -79,7 +83,10 @@ def bench(
 
 
 def _results(name: str, done: list[dict]) -> dict:
-    """One router's runs, with a list over seeds in place of each number; answers of the probe hold if they do for every seed."""
+    """One router's runs, a list over seeds for each number.
+
+    Answers of the probe hold if they do for every seed.
+    """
     mine = [found for found in done if found["name"] == name]
     topk = {found["seed"]: found["step_ms"] for found in done if found["name"] == "topk"}
     fields = {
@@ -116,7 +123,8 @@ def _gather(values: list):
 def table(record: dict) -> str:
     """One row per router of what ``bench`` returned, the lowest held-out loss first.
 
-    ± is half the spread over the seeds. The difference to top-k is taken within each seed: same start, same batches.
+    ± is half the spread over the seeds. The difference to top-k is taken within each seed: same
+    start, same batches.
     """
     head = [
         "router",
@@ -156,9 +164,11 @@ def _row(name: str, found: dict, topk: list[float] | None) -> list[str]:
     return [
         name,
         band(found["held_out"], ".3f", ".3f"),
-        band([mine - its for mine, its in zip(found["held_out"], topk)], "+.3f", ".3f")
-        if topk
-        else "",
+        (
+            band([mine - its for mine, its in zip(found["held_out"], topk)], "+.3f", ".3f")
+            if topk
+            else ""
+        ),
         f"{round(statistics.fmean(borrowed), 3) + 0.0:+.3f}",
         f"{statistics.fmean(found['training_loss']):.3f}",
         f"{statistics.fmean(training['max_violation']):.2f}",

@@ -1,8 +1,9 @@
-"""The design assistant: from a budget and GPUs to a written MoE design. ``python -m moe_tools.design --help``.
+"""The design assistant: from a budget and GPUs to a written MoE design.
 
-    budget -> shape -> plan (memory, exchange) -> router -> report        each choice names one of ``rules.RULES``
+    budget -> model_shape -> plan (gpu_memory, exchange_cost) -> router_choices -> design_report
 
-Also: ``scaling``, what published laws expect of the loss; ``hf``, the design as a Hugging Face config.
+Each choice names one of ``rules.RULES``. Also: ``scaling_laws``, what published laws expect of the
+loss; ``to_hf_config``, the design as a Hugging Face config.
 """
 
 from .assistant import Design, design

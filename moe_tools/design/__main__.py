@@ -1,4 +1,4 @@
-"""The command line: ``python -m moe_tools.design --active 1.5B --tokens 200B --gpus 64 --gpu h100``."""
+"""``python -m moe_tools.design --active 1.5B --tokens 200B --gpus 64 --gpu h100``."""
 
 import argparse
 import json
@@ -33,8 +33,13 @@ def _whole(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         "python -m moe_tools.design",
-        description="From a budget to a written MoE design. Numbers may be written 1.5B, 200B, 3e21.",
-        epilog="python -m moe_tools.design --active 1.5B --tokens 200B --gpus 64 --out design.md --hf-config config.json",
+        description=(
+            "From a budget to a written MoE design. Numbers may be written 1.5B, 200B, 3e21."
+        ),
+        epilog=(
+            "python -m moe_tools.design --active 1.5B --tokens 200B --gpus 64 --out design.md "
+            "--hf-config config.json"
+        ),
     )
     size = parser.add_argument_group("size of the model (give one)")
     size.add_argument(
@@ -104,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0; 1 with one line that says why nothing fits; 2 with one line where an option is wrong."""
+    """Exit status 0, 1 where nothing fits, 2 where an option is wrong; errors are a line."""
     parser = _parser()
     asked = vars(parser.parse_args(argv))
     out, hf_file = asked.pop("out"), asked.pop("hf_config")

@@ -21,7 +21,8 @@ class Design:
     """A design: print it, or write ``markdown()``.
 
     Attributes:
-        budget: what was asked for. shape, plan: the model in numbers, and how it is spread over the GPUs.
+        budget: what was asked for. shape, plan: the model in numbers, and how it is spread over the
+            GPUs.
         moe: the config of an MoE layer of ``moe_core``.
         router_choices: what the router does, and why.
     """
@@ -52,7 +53,7 @@ class Design:
 
     @property
     def losses(self) -> dict[str, Prediction]:
-        """What the scaling laws expect, of this model and of the dense ones; see ``scaling``."""
+        """What ``scaling_laws`` expect of this model and of the dense ones."""
         D, spec, expansion = self.budget.tokens, self.spec, self.shape.expansion
         dense = {
             f"dense of {name}": fine_grained_dense(_nonemb(model), D)
@@ -65,7 +66,10 @@ class Design:
         }
 
     def hf_config(self) -> dict:
-        """What stands in a config.json; see ``hf.hf_config``. Raises ValueError where no family has the router."""
+        """What stands in a config.json; see ``to_hf_config``.
+
+        Raises ValueError where no family has the router.
+        """
         return hf_config(self.plan)
 
     def markdown(self) -> str:
@@ -96,7 +100,7 @@ def _nonemb(spec: ModelSpec) -> int:
 
 
 def _shape(budget: DesignBudget) -> ModelShape:
-    """The shape of the active parameters asked for, or of those whose training costs the FLOPs asked for."""
+    """The shape for the active parameters or the FLOPs asked for."""
     if budget.active:
         return _sparse_enough(budget, budget.active)
     active, best = budget.flops / (6 * budget.tokens), None
@@ -105,8 +109,8 @@ def _shape(budget: DesignBudget) -> ModelShape:
     ):  # FLOPs are nearly proportional to active parameters: a few corrections are enough
         if budget.total is not None and budget.total < active:
             raise Impossible(
-                f"total={budget.total:.4g} is less than the {active:.4g} active parameters that flops={budget.flops:.4g} "
-                f"on tokens={budget.tokens:.4g} pay for",
+                f"total={budget.total:.4g} is less than the {active:.4g} active parameters that "
+                f"flops={budget.flops:.4g} on tokens={budget.tokens:.4g} pay for",
                 f"total={active:.4g} (a dense model)",
             )
         shape = _sparse_enough(budget, active)

@@ -27,7 +27,10 @@ class Impossible(ValueError):
 
 
 def number(text: str) -> float:
-    """1.5B, 200b, 640, 3e21: a number with a suffix K, M, B (or G) or T. Raises ValueError for anything else."""
+    """1.5B, 200b, 640, 3e21: a number with a suffix K, M, B (or G) or T.
+
+    Raises ValueError for anything else.
+    """
     found = re.fullmatch(
         r"(\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*([KMBGT]?)", text.strip(), re.IGNORECASE
     )
@@ -44,14 +47,17 @@ class DesignBudget:
         tokens: training tokens.
         gpus, gpu: how many, and a name among ``accounting.ACCELERATORS``.
         ranks_per_node: GPUs of a node; None: 8, or all if there are fewer.
-        active, flops: give one: active parameters (A_all, embedding and head included) or FLOPs of the whole training.
+        active, flops: give one: active parameters (A_all, embedding and head included) or FLOPs of
+            the whole training.
         total: total parameters; None leaves the number of experts to the rules.
         seq_len, vocab_size: tokens of a sequence; V.
         memory_limit: bytes a GPU may fill; None: nine tenths of what it has.
-        utilisation: share of the peak that computing reaches, exchange apart. An assumption: measure yours.
+        utilisation: share of the peak that computing reaches, exchange apart. An assumption:
+            measure yours.
         batch_tokens: tokens of an optimiser step; None leaves them to the rules.
         router: one of ``DESIGN_ROUTERS``; None: "loss_free", or "expert_threshold" if streaming.
-        streaming: a token's experts may hang on nothing but that token, in training's last phase as when it is served.
+        streaming: a token's experts may hang on nothing but that token, in training's last phase as
+            when it is served.
         top_k: experts per token; None leaves them to the rules.
         fp8_dispatch: rows go to the experts in one byte per number (and come back in two).
 
@@ -87,8 +93,8 @@ class DesignBudget:
                 at_least(1, **{name: getattr(self, name)})
         if self.memory_limit is not None and self.memory_limit > self.accelerator.memory:
             raise ValueError(
-                f"memory_limit={self.memory_limit:.4g} must be at most the {self.accelerator.memory:.4g} bytes of "
-                f"gpu={self.gpu!r}"
+                f"memory_limit={self.memory_limit:.4g} must be at most the "
+                f"{self.accelerator.memory:.4g} bytes of gpu={self.gpu!r}"
             )
         if not 0 < self.utilisation <= 1:
             raise ValueError(f"utilisation={self.utilisation!r} must be above 0 and at most 1")
@@ -114,7 +120,8 @@ class DesignBudget:
             fewer = int(self.tokens // self.seq_len)
             fewer -= fewer % m if fewer > m else 0
             raise Impossible(
-                f"tokens={self.tokens:.4g} are fewer than a sequence of seq_len={self.seq_len} for each of gpus={self.gpus}",
+                f"tokens={self.tokens:.4g} are fewer than a sequence of seq_len={self.seq_len} for "
+                f"each of gpus={self.gpus}",
                 f"tokens={self.gpus * self.seq_len}",
                 f"gpus={fewer}" if fewer else f"seq_len={int(self.tokens)} on 1 GPU",
             )

@@ -24,8 +24,10 @@ def report(design) -> str:
         plan_choices(design.plan),
     )
     parts = [
-        f"# MoE design: {count(spec.active_params)} active of {count(spec.total_params)}, {count(b.tokens)} tokens on {b.gpus} x "
-        f"{b.accelerator.name}",
+        (
+            f"# MoE design: {count(spec.active_params)} active of {count(spec.total_params)}, "
+            f"{count(b.tokens)} tokens on {b.gpus} x {b.accelerator.name}"
+        ),
         _notes(design),
         "## 1. Model",
         _model(design),
@@ -56,7 +58,8 @@ def _notes(design) -> str:
     ]
     if b.total is None and shape.n_experts < SPARSITY * shape.top_k:
         notes.append(
-            f'memory holds {shape.n_experts} experts, not the {SPARSITY * shape.top_k} of the rule "sparsity"'
+            f"memory holds {shape.n_experts} experts, not the {SPARSITY * shape.top_k} of the rule"
+            ' "sparsity"'
         )
     if b.steps < 1000:
         notes.append(
@@ -64,15 +67,18 @@ def _notes(design) -> str:
         )
     if plan.replica_seconds > plan.compute_seconds:
         notes.append(
-            "summing gradients and gathering weights takes longer than computing: more batch_tokens would hide it"
+            "summing gradients and gathering weights takes longer than computing: more "
+            "batch_tokens would hide it"
         )
     if plan.exchange_share > SHARE_LIMIT:
         notes.append(
-            f"the exchange takes {plan.exchange_share:.0%} of the step, above {SHARE_LIMIT:.0%}: see the cuts in part 4"
+            f"the exchange takes {plan.exchange_share:.0%} of the step, above {SHARE_LIMIT:.0%}: "
+            "see the cuts in part 4"
         )
     if plan.roofline["share_of_peak"] < 0.9:
         notes.append(
-            f"expert products reach {plan.roofline['share_of_peak']:.0%} of the roofline's peak: few tokens, or narrow experts"
+            f"expert products reach {plan.roofline['share_of_peak']:.0%} of the roofline's peak: "
+            "few tokens, or narrow experts"
         )
     return "\n".join(f"> Note: {note}." for note in notes)
 
@@ -101,9 +107,9 @@ def _model(design) -> str:
     family = HF_MODEL_TYPES.get(b.router_name)
     parts = ", ".join(f"{name} {count(value)}" for name, value in spec.parts.items() if value)
     return (
-        f"Total {spec.total_params:,} parameters ({parts}). Active {spec.active_params:,} with embedding and head, "
-        f"{spec.active_params_nonemb:,} without. Vocabulary {b.vocab_size}, sequences of {b.seq_len}; RMS norm, gated experts (SiLU), "
-        f"no biases. "
+        f"Total {spec.total_params:,} parameters ({parts}). Active {spec.active_params:,} with "
+        f"embedding and head, {spec.active_params_nonemb:,} without. Vocabulary {b.vocab_size}, "
+        f"sequences of {b.seq_len}; RMS norm, gated experts (SiLU), no biases. "
         + (f"Hugging Face: {family[1]}." if family else "No Hugging Face family has this router.")
     )
 
@@ -130,22 +136,32 @@ def _compute(design) -> str:
         ("training FLOPs", f"{design.training_flops:.4g}{again}"),
         (
             "steps",
-            f"{b.steps} of {count(b.tokens_per_step)} tokens, {b.sequences_per_step} sequences a GPU",
+            (
+                f"{b.steps} of {count(b.tokens_per_step)} tokens, {b.sequences_per_step} sequences "
+                "a GPU"
+            ),
         ),
         (
             "time",
-            f"{duration(plan.training_seconds)} ({duration(plan.step_seconds)} a step), if computing reaches {b.utilisation:.0%} of "
-            "the peak (assumed)",
+            (
+                f"{duration(plan.training_seconds)} ({duration(plan.step_seconds)} a step), if "
+                f"computing reaches {b.utilisation:.0%} of the peak (assumed)"
+            ),
         ),
         (
             "replicas",
-            f"gradients summed and weights gathered in {duration(plan.replica_seconds)} a step, beside "
-            f"{duration(plan.compute_seconds)} of computing",
+            (
+                f"gradients summed and weights gathered in {duration(plan.replica_seconds)} a "
+                f"step, beside {duration(plan.compute_seconds)} of computing"
+            ),
         ),
         (
             "memory of a GPU",
-            f"{gigabytes(m.total)} of {gigabytes(b.usable_memory)} usable: weights {gigabytes(m.weights)}, gradients {gigabytes(m.gradients)}, "
-            f"AdamW {gigabytes(m.optimizer)}, activations {gigabytes(m.activations)}{gathered}",
+            (
+                f"{gigabytes(m.total)} of {gigabytes(b.usable_memory)} usable: weights "
+                f"{gigabytes(m.weights)}, gradients {gigabytes(m.gradients)}, AdamW "
+                f"{gigabytes(m.optimizer)}, activations {gigabytes(m.activations)}{gathered}"
+            ),
         ),
         ("cache of one sequence", gigabytes(kv_cache_bytes(spec, b.seq_len))),
     ]
@@ -153,8 +169,11 @@ def _compute(design) -> str:
         rows.append(
             (
                 f"dense model of {name}",
-                f"{count(dense.total_params)} parameters, MLP {dense.layers[0].feed_forwards[0].d_ff} wide, "
-                f"{forward_flops(dense, b.seq_len).total / flops:.3g} x the FLOPs",
+                (
+                    f"{count(dense.total_params)} parameters, MLP "
+                    f"{dense.layers[0].feed_forwards[0].d_ff} wide, "
+                    f"{forward_flops(dense, b.seq_len).total / flops:.3g} x the FLOPs"
+                ),
             )
         )
     return prose_table(("what", "how much"), rows)
@@ -174,19 +193,23 @@ def _losses(design) -> str:
     text = prose_table(("expected loss (nats)", "law", "value", "outside the fitted range"), rows)
     if any(p.outside for p in losses.values()):
         text += (
-            "\n\n**Outside the range a law was fitted on, its number is an extrapolation.** The losses are on the authors' data and "
-            "tokens: compare designs, predict no run."
+            "\n\n**Outside the range a law was fitted on, its number is an extrapolation.** The "
+            "losses are on the authors' data and tokens: compare designs, predict no run."
         )
     equal = dense_params_of_equal_loss(losses["fine-grained"].loss, design.budget.tokens)
     params = design.spec.total_params - design.spec.parts["embedding"] - design.spec.parts["head"]
     found = (
         "no dense model reaches this model's loss with these tokens"
         if equal == float("inf")
-        else f"a dense model of {count(equal)} reaches this model's loss: a factor of {params / equal:.2g}"
+        else (
+            f"a dense model of {count(equal)} reaches this model's loss: a factor of "
+            f"{params / equal:.2g}"
+        )
     )
     return (
         text
-        + f'\n\nThe rule "4 x total" against the first law and its dense twin (embeddings apart): {found}.'
+        + '\n\nThe rule "4 x total" against the first law and its dense twin (embeddings apart):'
+        f" {found}."
     )
 
 
@@ -198,8 +221,8 @@ def _exchange(design) -> str:
         design.plan.roofline,
     )
     tokens = (
-        f"An expert gets {roofline['tokens_per_expert']:.4g} tokens of a micro-batch; its products meet the ridge at "
-        f"{roofline['tokens_per_expert_at_ridge']:.4g}."
+        f"An expert gets {roofline['tokens_per_expert']:.4g} tokens of a micro-batch; its products "
+        f"meet the ridge at {roofline['tokens_per_expert_at_ridge']:.4g}."
     )
     if plan.ep == 1:
         return tokens + " All experts are on every GPU: nothing is exchanged."
@@ -225,9 +248,10 @@ def _exchange(design) -> str:
         "share of the step",
     )
     return (
-        f'{tokens} Rows go {way}; a layer does so {x.passes} times a step, there and back (rule "backward repeats").\n\n'
-        f"{prose_table(head, rows)}\n\n"
-        f"Modelled: peak links ({gpu.link_bandwidth / 1e9:.0f} GB/s inside a node of {x.network.ranks_per_node}, "
-        f"{gpu.network_bandwidth / 1e9:.0f} GB/s between nodes), perfect balance, no latency, nothing overlapped. "
-        f'Cut the exchange above {SHARE_LIMIT:.0%} of the step (rule "30 % exchange").'
+        f"{tokens} Rows go {way}; a layer does so {x.passes} times a step, there and back (rule"
+        f' "backward repeats").\n\n{prose_table(head, rows)}\n\nModelled: peak links'
+        f" ({gpu.link_bandwidth / 1e9:.0f} GB/s inside a node of {x.network.ranks_per_node}, "
+        f"{gpu.network_bandwidth / 1e9:.0f} GB/s between nodes), perfect balance, no latency,"
+        f' nothing overlapped. Cut the exchange above {SHARE_LIMIT:.0%} of the step (rule "30 %'
+        ' exchange").'
     )

@@ -1,6 +1,7 @@
-r"""The all-to-alls of a step, modelled on ``parallel.Network``: at perfect balance, without latency, nothing hidden behind computing.
+r"""The all-to-alls of a step: balanced, without latency, nothing overlapped.
 
-A rank sends :math:`V = T k d b (R - 1) / R` bytes in a dispatch, as much in a combine, and both again in the backward pass.
+A rank sends :math:`V = T k d b (R - 1) / R` bytes in a dispatch, as much in a combine, and both
+again in the backward pass.
 """
 
 from dataclasses import dataclass, replace
@@ -41,7 +42,7 @@ class ExchangeCost:
 
     @property
     def once_per_node(self) -> bool:
-        """Whether a row crosses once to each node and is handed on inside it: where that is the faster way."""
+        """Whether it is faster to cross once to each node and hand rows on inside it."""
         return self.nodes > 1 and self._two_passes(2) < self._flat(2)
 
     @property
@@ -68,7 +69,7 @@ class ExchangeCost:
 
     @property
     def passes(self) -> int:
-        """Dispatch-and-combine pairs of a layer in a step: forward, once more if it is computed again, and backward."""
+        """Dispatch-and-combine pairs of a layer and step: forward (or two), backward."""
         return self.forwards + 1
 
     @property
@@ -82,7 +83,7 @@ class ExchangeCost:
         )
 
     def _two_passes(self, bytes_per_number: int) -> float:
-        """Across, one copy for each node; then inside, from the rank of the same place to the experts' ranks."""
+        """Across, one copy for each node; then inside it to the experts' ranks."""
         row, across = (
             self.width * bytes_per_number,
             min(self.copies, self.max_nodes or self.nodes, self.nodes),

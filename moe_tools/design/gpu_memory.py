@@ -9,7 +9,8 @@ from ..accounting.model_memory import PRECISIONS
 from .budget import RESERVE, DesignBudget, Impossible
 from .model_shape import ModelShape
 
-# Ways to save, the least costly first: what is sharded, what is computed again. With "weights" sharded two layers are gathered at a time.
+# Ways to save, the least costly first: what is sharded, what is computed again. With "weights"
+# sharded two layers are gathered at a time.
 SAVINGS = tuple(
     (sharded, recompute) for sharded in ("optimizer", "weights") for recompute in RECOMPUTE
 )
@@ -21,7 +22,8 @@ class GpuMemory:
 
     Attributes:
         weights, gradients, optimizer: of AdamW in mixed precision, see ``accounting.state_memory``.
-        gathered: weights of two layers, the one at work and the next, where weights are sharded; else 0.
+        gathered: weights of two layers, the one at work and the next, where weights are sharded;
+            else 0.
         activations: of one micro-batch at perfect balance.
     """
 
@@ -40,7 +42,10 @@ class GpuMemory:
 def gpu_memory(
     spec: ModelSpec, *, gpus: int, ep: int, sharded: str, recompute: str, tokens: int
 ) -> GpuMemory:
-    """The memory of a GPU that runs ``tokens`` at a time; the other arguments as in ``state_memory`` and ``activation_bytes_per_token``."""
+    """The memory of a GPU that runs ``tokens`` at a time.
+
+    The other arguments: see ``state_memory`` and ``activation_bytes_per_token``.
+    """
     state = state_memory(spec, "mixed", n_ranks=gpus, ep=ep, sharded=sharded)
     rest = spec.total_params - spec.parts["experts"] - spec.parts["embedding"] - spec.parts["head"]
     layer = (spec.parts["experts"] / ep + rest) / spec.n_layers
@@ -50,7 +55,7 @@ def gpu_memory(
 
 
 def ep_sizes(gpus: int, ranks_per_node: int, n_experts: int) -> list[int]:
-    """The sizes of an expert-parallel group: they divide GPUs and experts, and are parts of a node or whole nodes."""
+    """Sizes of an expert-parallel group: they divide GPUs, experts and nodes evenly."""
     return [
         ep
         for ep in range(1, min(gpus, n_experts) + 1)
@@ -88,8 +93,9 @@ def does_not_fit(shape: ModelShape, budget: DesignBudget) -> Impossible:
     if shorter:
         nearest.append(f"seq_len={shorter}")
     return Impossible(
-        f"{spec.total_params / 1e9:.4g}B parameters, {spec.active_params / 1e9:.4g}B of them active, need at least "
-        f"{least / 1e9:.4g} GB on each of gpus={budget.gpus}; {usable / 1e9:.4g} GB are usable",
+        f"{spec.total_params / 1e9:.4g}B parameters, {spec.active_params / 1e9:.4g}B of them "
+        f"active, need at least {least / 1e9:.4g} GB on each of gpus={budget.gpus}; "
+        f"{usable / 1e9:.4g} GB are usable",
         *nearest,
     )
 
@@ -109,7 +115,7 @@ def _longest(spec: ModelSpec, budget: DesignBudget) -> int:
 
 
 def _first_that_fits(fits, budget: DesignBudget) -> int | None:
-    """The least number of GPUs above the budget's that fits, in whole nodes, if any up to 4096 times as many nodes does."""
+    """The least number of GPUs, in whole nodes, that fits; None up to 4096 times as many."""
     gpus, m = budget.gpus, budget.gpus_per_node
     if (
         budget.ranks_per_node is None and gpus < 8

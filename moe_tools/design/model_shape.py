@@ -17,7 +17,10 @@ TOP_KS = (8, 4, 2)
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A language model whose layers are all MoE: the numbers that its configs share. Heads fill the width: H d = D."""
+    """A language model whose layers are all MoE: the numbers that its configs share.
+
+    Heads fill the width: H d = D.
+    """
 
     d_model: int
     n_layers: int
@@ -47,7 +50,7 @@ class ModelShape:
 
     @cached_property
     def spec(self) -> ModelSpec:
-        """The same in numbers that can be counted: RMS norms, norms of the heads' queries and keys, gated experts, no biases."""
+        """The same to count with: RMS norms, query and key norms, gated experts, no biases."""
         return ModelSpec.decoder(
             d_model=self.d_model,
             vocab_size=self.vocab_size,
@@ -60,10 +63,13 @@ class ModelShape:
 
 
 def choose_shape(budget: DesignBudget, active: float) -> ModelShape:
-    """The shape for ``active`` parameters, by the rules "shape", "granularity", "expert width" and "sparsity".
+    """The shape for ``active`` parameters.
+
+    By the rules "shape", "granularity", "expert width" and "sparsity".
 
     Raises:
-        Impossible: no shape has so few parameters with this vocabulary, or the total asked for leaves too few experts.
+        Impossible: no shape has so few parameters with this vocabulary, or the total asked for
+            leaves too few experts.
     """
     shared = 0 if budget.router_name == "topk" else 1
     *more, fewest = (budget.top_k,) if budget.top_k else TOP_KS
@@ -90,7 +96,10 @@ def choose_shape(budget: DesignBudget, active: float) -> ModelShape:
 def find_shape(
     active: float, vocab_size: int, top_k: int, n_shared_experts: int, n_experts: int
 ) -> ModelShape:
-    """The shape nearest to the published ones whose active parameters are within 5 % of ``active``. Raises Impossible if there is none."""
+    """The shape nearest to the published ones whose active parameters are within 5 % of ``active``.
+
+    Raises Impossible if there is none.
+    """
     best, found = float("inf"), None
     for d_model in (
         *range(32, 256, 32),
@@ -159,7 +168,7 @@ def _round(d_ff: float) -> int:
 
 
 def _experts_for(shape: ModelShape, budget: DesignBudget) -> int:
-    """The number of experts whose total is nearest to the one asked for: a power of two times 4 to 8, to divide evenly."""
+    """The number of experts with the nearest total: 4 to 8 times a power of two."""
     one = shape.spec.parts["experts"] // shape.n_experts
     wanted = (budget.total - (shape.spec.total_params - shape.spec.parts["experts"])) / one
     step = 2 ** (max(1, int(wanted / 4)).bit_length() - 1)
@@ -168,8 +177,8 @@ def _experts_for(shape: ModelShape, budget: DesignBudget) -> int:
     if n_experts < least:
         needed = shape.spec.total_params + (least - shape.n_experts) * one
         raise Impossible(
-            f"total={budget.total:.4g} leaves {max(0, int(wanted))} experts, of which a token takes top_k={shape.top_k}: "
-            "hardly sparse",
+            f"total={budget.total:.4g} leaves {max(0, int(wanted))} experts, of which a token "
+            f"takes top_k={shape.top_k}: hardly sparse",
             f"total={needed:.4g} ({least} experts)",
             "a dense model",
         )
@@ -190,7 +199,8 @@ def shape_choices(shape: ModelShape, budget: DesignBudget) -> list[Choice]:
         choice(
             "d_model, layers",
             f"{d}, {shape.n_layers}",
-            f"{d / shape.n_layers:.0f} to 1; active MLP {shape.granularity * f / d:.2f} d_model wide",
+            f"{d / shape.n_layers:.0f} to 1; active MLP {shape.granularity * f / d:.2f} d_model "
+            "wide",
             "shape",
         ),
         choice(
@@ -203,15 +213,18 @@ def shape_choices(shape: ModelShape, budget: DesignBudget) -> list[Choice]:
             "experts a token",
             f"{shape.top_k}"
             + (f" and {shape.n_shared_experts} shared" if shape.n_shared_experts else ""),
-            cut
-            if reached or budget.top_k
-            else "no expert of this model reaches the ridge: few and wide ones",
+            (
+                cut
+                if reached or budget.top_k
+                else "no expert of this model reaches the ridge: few and wide ones"
+            ),
             "granularity" if shape.top_k > 2 else "top-2 or top-1",
         ),
         choice(
             "d_ff of an expert",
             str(f),
-            f"d*f/(d+f) is {d * f / (d + f):.0f}; the ridge of {budget.accelerator.name} is {ridge:.0f}",
+            f"d*f/(d+f) is {d * f / (d + f):.0f}; the ridge of {budget.accelerator.name} is "
+            f"{ridge:.0f}",
             "expert width",
         ),
         choice(

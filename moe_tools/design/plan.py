@@ -1,4 +1,4 @@
-"""The distribution plan: of all ways to spread a shape over the GPUs that fit into memory, the one whose modelled step is shortest."""
+"""The distribution plan: of all ways that fit, the one with the shortest modelled step."""
 
 from dataclasses import dataclass, replace
 
@@ -24,8 +24,10 @@ class Plan:
     Attributes:
         shape, budget: what is spread, and over what.
         ep: ranks that hold the experts once between them; gpus / ep such groups hold the same ones.
-        sharded: of what is held alike, what is divided among the ranks; see ``accounting.state_memory``.
-        recompute: what the backward pass computes again; see ``accounting.activation_bytes_per_token``.
+        sharded: of what is held alike, what is divided among the ranks; see
+            ``accounting.state_memory``.
+        recompute: what the backward pass computes again; see
+            ``accounting.activation_bytes_per_token``.
         micro_batch: sequences that a GPU runs at a time.
         max_nodes: nodes that a token may go to, or None.
         memory: of one GPU.
@@ -42,7 +44,7 @@ class Plan:
 
     @property
     def placement(self) -> Placement:
-        """Neighbouring experts on one rank, neighbouring ranks in one node: groups of experts are nodes."""
+        """Neighbouring experts on one rank, so that groups of experts are nodes."""
         return contiguous(self.shape.n_experts, self.ep)
 
     @property
@@ -74,7 +76,7 @@ class Plan:
 
     @property
     def roofline(self) -> dict[str, float]:
-        """Of one expert's products with the tokens of all ranks of its group; see ``accounting.expert_roofline``."""
+        """Of one expert's products with its group's tokens; see ``expert_roofline``."""
         return expert_roofline(
             self.shape.spec, self.ep * self.micro_tokens, self.budget.accelerator
         )[0]
@@ -88,9 +90,10 @@ class Plan:
 
     @property
     def compute_seconds(self) -> float:
-        r"""Computing of one step: the experts' part is slower where they have too few tokens for the roofline.
+        r"""Computing of one step; experts with few tokens run below the peak.
 
-        .. math:: t = \frac{\text{FLOPs of all else} + \text{FLOPs of experts} / \text{share of peak}}{\text{peak} \cdot \text{utilisation}}
+        .. math:: t = \frac{\text{FLOPs of all else} + \text{FLOPs of experts} / \text{share of
+            peak}}{\text{peak} \cdot \text{utilisation}}
         """
         spec = self.shape.spec
         experts = 2 * spec.active_parts["experts"] * (4 if self.recompute == "layer" else 3)
@@ -120,7 +123,7 @@ class Plan:
 
     @property
     def step_seconds(self) -> float:
-        """The exchange, which nothing hides, and computing, which hides the replicas' traffic as long as it lasts."""
+        """Exchange, plus the longer of computing and replicas' traffic."""
         return max(self.compute_seconds, self.replica_seconds) + self.exchange_seconds
 
     @property
@@ -140,9 +143,12 @@ class Plan:
 
 
 def make_plan(shape: ModelShape, budget: DesignBudget) -> Plan:
-    """The plan with the shortest modelled step among those that fit; a node limit only where the exchange would pass 30 % of the step.
+    """The plan with the shortest modelled step among those that fit.
 
-    Weights are sharded only where nothing else fits: that all of their traffic hides behind computing is hoped for, not known.
+    A node limit only where the exchange would pass 30 % of the step.
+
+    Weights are sharded only where nothing else fits: that all of their traffic hides behind
+    computing is hoped for, not known.
 
     Raises:
         Impossible: nothing fits.
@@ -183,7 +189,7 @@ def _fitting(shape: ModelShape, budget: DesignBudget):
 
 
 def _key(plan: Plan) -> tuple:
-    """Shorter is better; then whatever is simpler: fewer ranks that exchange, less computed again, less at a time."""
+    """Shorter is better; then fewer ranks that exchange, less recomputed, less at a time."""
     return (
         plan.sharded == "weights",
         round(plan.step_seconds, 9),

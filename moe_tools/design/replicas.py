@@ -1,10 +1,13 @@
-r"""What data parallelism moves: gradients are summed and weights gathered among the ranks that hold the same parameters.
+r"""What data parallelism moves: gradients are summed and weights gathered.
 
-Two levels, one after the other: inside the node, then between nodes with what each of its c ranks has of it.
+Two levels, one after the other: inside the node, then between nodes with what each of its c ranks
+has of it.
 
-.. math:: t = h b \left( \frac{c - 1}{c\, \beta_{intra}} + \frac{M - 1}{c\, M\, \beta_{inter}} \right)
+.. math:: t = h b \left( \frac{c - 1}{c\, \beta_{intra}} + \frac{M - 1}{c\, M\, \beta_{inter}}
+    \right)
 
-h numbers of b bytes a rank, held alike by c ranks in each of M nodes. A model, like ``parallel.Network``: no latency, no congestion.
+h numbers of b bytes a rank, held alike by c ranks in each of M nodes. A model, like
+``accounting.network.Network``: no latency, no congestion.
 """
 
 from ..accounting import ModelSpec
@@ -15,7 +18,7 @@ from .budget import DesignBudget
 def collective_seconds(
     numbers: float, per_node: int, nodes: int, budget: DesignBudget, bytes_per_number: float
 ) -> float:
-    """One gathering, or one summing, of ``numbers`` that c = per_node ranks in each of M = nodes hold alike."""
+    """One all-gather or reduce-scatter of ``numbers`` over c ranks in each of M nodes."""
     gpu = budget.accelerator
     inside, between = (
         (per_node - 1) / per_node / gpu.link_bandwidth,
@@ -27,8 +30,10 @@ def collective_seconds(
 def replica_seconds(
     spec: ModelSpec, budget: DesignBudget, *, ep: int, sharded: str, micro_batches: int
 ) -> float:
-    """Seconds of a step: gradients summed and weights gathered once; where weights are sharded, once summed and twice gathered for
-    each micro-batch (forward and backward)."""
+    """Seconds of a step: gradients summed and weights gathered once.
+
+    Where weights are sharded: once summed and twice gathered for each micro-batch.
+    """
     m, nodes = budget.gpus_per_node, budget.gpus // budget.gpus_per_node
     experts = spec.parts["experts"]
     per_node = max(

@@ -99,7 +99,7 @@ def _topk(plan: Plan) -> tuple[dict, list[Choice]]:
 
 
 def _threshold(plan: Plan) -> tuple[dict, list[Choice]]:
-    """The paper's memory of 1000 steps is a twentieth of its 20 000; a shorter run has a shorter one."""
+    """The paper's memory is 1000 of 20 000 steps; a shorter run has a shorter one."""
     memory = max(1, min(1000, plan.budget.steps // 20))
     decay = round(1 - 1 / memory, 6)
     choices = [
@@ -112,9 +112,11 @@ def _threshold(plan: Plan) -> tuple[dict, list[Choice]]:
         Choice(
             "threshold",
             f"EMA decay {decay:g}, warm-up {4 * memory} steps",
-            f"a memory of {memory} steps, at most a twentieth of the run"
-            if memory < 1000
-            else "the paper's",
+            (
+                f"a memory of {memory} steps, at most a twentieth of the run"
+                if memory < 1000
+                else "the paper's"
+            ),
         ),
         Choice(
             "experts per token",

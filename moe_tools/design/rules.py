@@ -1,7 +1,7 @@
 """The rules behind the choices, each with its source; what is a rule of thumb is called one.
 
-"paper": stated and shown there. "measured": counted here, on ``moe_core.published`` or in a stored run. "rule of thumb": widely used,
-shown by nobody as a law.
+"paper": stated and shown there. "measured": counted here, on ``moe_core.published`` or in a stored
+run. "rule of thumb": widely used, shown by nobody as a law.
 """
 
 from dataclasses import dataclass
@@ -33,8 +33,8 @@ RULES: dict[str, Rule] = {
     for rule in (
         Rule(
             "shape",
-            "d_model / layers is 94 in the median published model (quartiles 74 and 125), the active MLP 3.3 d_model "
-            "wide (2.6 to 4.2)",
+            "d_model / layers is 94 in the median published model (quartiles 74 and 125), the "
+            "active MLP 3.3 d_model wide (2.6 to 4.2)",
             _PUBLISHED,
             "measured",
         ),
@@ -46,20 +46,22 @@ RULES: dict[str, Rule] = {
         ),
         Rule(
             "sparser is better",
-            "at loss 1.5, sparsity 48 needs 1.69, 1.39 and 1.15 times fewer FLOPs than 8, 16 and 32",
+            "at loss 1.5, sparsity 48 needs 1.69, 1.39 and 1.15 times fewer FLOPs than 8, 16 "
+            "and 32",
             "Kimi-K2 technical report",
             "paper",
         ),
         Rule(
             "granularity",
-            "the active MLP cut into more, narrower experts: a lower loss, with diminishing returns; the best cut is 8 to 12",
+            "the active MLP cut into more, narrower experts: a lower loss, with diminishing "
+            "returns; the best cut is 8 to 12",
             "Krajewski et al. 2024, arXiv 2402.07871; arXiv 2507.17702",
             "paper",
         ),
         Rule(
             "expert width",
-            "d*f/(d+f) of an expert must exceed the GPU's ridge (in bfloat16), or no number of tokens makes its products "
-            "compute-bound",
+            "d*f/(d+f) of an expert must exceed the GPU's ridge (in bfloat16), or no number of "
+            "tokens makes its products compute-bound",
             "Williams et al. 2009, Roofline; arithmetic",
             "paper",
         ),
@@ -83,20 +85,22 @@ RULES: dict[str, Rule] = {
         ),
         Rule(
             "tied head",
-            "embedding and head are one matrix where two would take over a fifth of the active parameters",
+            "embedding and head are one matrix where two would take over a fifth of the active "
+            "parameters",
             "practice",
             "rule of thumb",
         ),
         Rule(
             "batch",
-            "2^22 tokens a step; fewer where that would leave under 20 000 steps (arXiv 2603.11535: 10B tokens, 0.5M a step)",
+            "2^22 tokens a step; fewer where that would leave under 20 000 steps (arXiv "
+            "2603.11535: 10B tokens, 0.5M a step)",
             "practice",
             "rule of thumb",
         ),
         Rule(
             "loss-free bias",
-            "a bias that only selects, moved by 0.001 against the load: at 1B parameters perplexity 9.56 -> 9.50 and MaxVio "
-            "0.72 -> 0.04 against a balance loss",
+            "a bias that only selects, moved by 0.001 against the load: at 1B parameters "
+            "perplexity 9.56 -> 9.50 and MaxVio 0.72 -> 0.04 against a balance loss",
             "Wang et al. 2024, arXiv 2408.15664",
             "paper",
         ),
@@ -114,27 +118,29 @@ RULES: dict[str, Rule] = {
         ),
         Rule(
             "balance loss",
-            "coefficient 0.01 to 0.02 (value 1 at balance): Switch 0.01, OLMoE 0.01; over the global batch where you can "
-            "(arXiv 2501.11873)",
+            "coefficient 0.01 to 0.02 (value 1 at balance): Switch 0.01, OLMoE 0.01; over the "
+            "global batch where you can (arXiv 2501.11873)",
             "Fedus et al. 2021, arXiv 2101.03961; arXiv 2409.02060; the range is practice",
             "rule of thumb",
         ),
         Rule(
             "z-loss",
-            "coefficient 0.001 keeps softmax logits small; of the stabilisers tried the one that cost no quality",
+            "coefficient 0.001 keeps softmax logits small; of the stabilisers tried the one that "
+            "cost no quality",
             "Zoph et al. 2022, arXiv 2202.08906; OLMoE, arXiv 2409.02060",
             "paper",
         ),
         Rule(
             "no jitter",
-            "noise on the router's input made 3 of 3 runs stable, against 4 of 6, at a loss in quality (-1.777 against -1.755); "
-            "add it when an expert gets under 1 % of the tokens",
+            "noise on the router's input made 3 of 3 runs stable, against 4 of 6, at a loss in "
+            "quality (-1.777 against -1.755); add it when an expert gets under 1 % of the tokens",
             "Zoph et al. 2022, arXiv 2202.08906; the last is practice",
             "rule of thumb",
         ),
         Rule(
             "top-1 weights",
-            "with one expert a token, renormalised weights are constant and the router gets no gradient",
+            "with one expert a token, renormalised weights are constant and the router gets no "
+            "gradient",
             "the museum of bugs; Megatron-LM #894",
             "measured",
         ),
@@ -146,28 +152,31 @@ RULES: dict[str, Rule] = {
         ),
         Rule(
             "capacity",
-            "where shapes must be static or memory is short: 1.0 to 1.5 in training (Switch 1.25), 2.0 and more in evaluation",
+            "where shapes must be static or memory is short: 1.0 to 1.5 in training (Switch 1.25), "
+            "2.0 and more in evaluation",
             "Switch's published configs; the range is practice",
             "rule of thumb",
         ),
         Rule(
             "threshold routing",
-            "causal and balanced without an auxiliary loss, for streams; EMA decay 0.999, expert choice for the first "
-            "4 memories (else experts starve), capacity band 0.5 in training",
+            "causal and balanced without an auxiliary loss, for streams; EMA decay 0.999, expert "
+            "choice for the first 4 memories (else experts starve), capacity band 0.5 in "
+            "training",
             _ET,
             "paper",
         ),
         Rule(
             "shared expert",
-            "one expert that every token visits. Evidence is mixed: threshold routing loses 0.02 nats without it, OLMoE "
-            "found no gain, DeepSeek-V3 has one",
+            "one expert that every token visits. Evidence is mixed: threshold routing loses 0.02 "
+            "nats without it, OLMoE found no gain, DeepSeek-V3 has one",
             f"{_ET}; arXiv 2409.02060; {_V3}",
             "paper",
         ),
         Rule(
             "when to spread experts",
-            "expert parallelism when expert weights no longer fit, or get too few tokens; it is orthogonal to "
-            "tensor and pipeline parallelism. Inside a node first: its links are several times faster",
+            "expert parallelism when expert weights no longer fit, or get too few tokens; it is "
+            "orthogonal to tensor and pipeline parallelism. Inside a node first: its links are "
+            "several times faster",
             "practice",
             "rule of thumb",
         ),
@@ -179,14 +188,15 @@ RULES: dict[str, Rule] = {
         ),
         Rule(
             "30 % exchange",
-            "all-to-all above 30 % of the step: fewer or wider experts, a node limit, one-byte dispatch (expert choice too, "
-            "but not in a causal model: it reads the future)",
+            "all-to-all above 30 % of the step: fewer or wider experts, a node limit, one-byte "
+            "dispatch (expert choice too, but not in a causal model: it reads the future)",
             "practice",
             "rule of thumb",
         ),
         Rule(
             "node limit",
-            "a token goes to at most 4 nodes (of 8; of fewer, here to half of them); a copy crosses to each once",
+            "a token goes to at most 4 nodes (of 8; of fewer, here to half of them); a copy "
+            "crosses to each once",
             f"{_V3}, section 2.1.2; the half is practice",
             "paper",
         ),
@@ -204,7 +214,8 @@ RULES: dict[str, Rule] = {
         ),
         Rule(
             "optimizer state",
-            "16 bytes a parameter; moments and master copy are divided among the ranks that hold the same weights",
+            "16 bytes a parameter; moments and master copy are divided among the ranks that hold "
+            "the same weights",
             "Rajbhandari et al. 2020, ZeRO, arXiv 1910.02054",
             "paper",
         ),

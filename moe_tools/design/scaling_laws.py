@@ -1,9 +1,10 @@
 r"""Expected loss, by two published scaling laws, each with the range it was fitted on.
 
-The losses are on the authors' data with the authors' tokens: they compare designs, they predict no run of yours.
+The losses are on the authors' data with the authors' tokens: they compare designs, they predict no
+run of yours.
 
-Sources: Krajewski et al. 2024 (arXiv 2402.07871), equation 9 and Table 1; Clark et al. 2022 (arXiv 2202.01169), equation 1 and the
-coefficients of its S-BASE router, with base-10 logarithms.
+Sources: Krajewski et al. 2024 (arXiv 2402.07871), equation 9 and Table 1; Clark et al. 2022 (arXiv
+2202.01169), equation 1 and the coefficients of its S-BASE router, with base-10 logarithms.
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ def fine_grained(params: float, tokens: float, granularity: float, expansion: fl
 
     Args:
         params: N, all parameters but the embeddings. tokens: D.
-        granularity: G, into how many experts the active MLP is cut. expansion: parameters of an MoE layer over its active ones.
+        granularity: G, into how many experts the active MLP is cut. expansion: parameters of an MoE
+            layer over its active ones.
     """
     at_least(1, params=params, tokens=tokens, granularity=granularity, expansion=expansion)
     loss = 0.47 + (2.1 / granularity**0.58 + 18.1) / params**0.115 + 30.8 / tokens**0.147
@@ -43,7 +45,10 @@ def fine_grained(params: float, tokens: float, granularity: float, expansion: fl
 
 
 def fine_grained_dense(params: float, tokens: float) -> Prediction:
-    r"""The dense model of the same paper: :math:`L = 0.47 + 16.3 / N^{0.126} + 26.7 / D^{0.127}`. No range of N is given for it."""
+    r"""The dense model of the same paper: :math:`L = 0.47 + 16.3 / N^{0.126} + 26.7 / D^{0.127}`.
+
+    No range of N is given for it.
+    """
     at_least(1, params=params, tokens=tokens)
     return Prediction(
         "dense (Krajewski et al. 2024)",
@@ -53,18 +58,21 @@ def fine_grained_dense(params: float, tokens: float) -> Prediction:
 
 
 def dense_params_of_equal_loss(loss: float, tokens: float) -> float:
-    """Parameters of the dense model that the same paper expects at this loss; infinity where no size reaches it with these tokens."""
+    """Parameters of the dense model with this loss by the same paper; inf if none has it."""
     rest = loss - 0.47 - 26.7 / tokens**0.127
     return (16.3 / rest) ** (1 / 0.126) if rest > 0 else float("inf")
 
 
 def routed(params: float, expansion: float, tokens: float) -> Prediction:
-    r"""Clark et al.: :math:`\log L = a \log N + b \log \hat E + c \log N \log \hat E + d`, at 130B tokens whatever yours are.
+    r"""Clark et al., at 130B tokens whatever yours are.
+
+    .. math:: \log L = a \log N + b \log \hat E + c \log N \log \hat E + d
 
     .. math:: 1 / \hat E = 1 / (E - 1 + (1/E_{start} - 1/E_{max})^{-1}) + 1 / E_{max}
 
     Args:
-        params: N, of the dense model that one token meets. expansion: E, experts of full width of which a token takes one.
+        params: N, of the dense model that one token meets. expansion: E, experts of full width of
+            which a token takes one.
         tokens: of your run, to say whether the law holds for it.
     """
     at_least(1, params=params, expansion=expansion, tokens=tokens)
@@ -90,5 +98,8 @@ def _outside(value: float, name: str, low: float, high: float) -> tuple[str, ...
         return ()
     unit, one = (1e9, "B") if high >= 1e9 else (1, "")
     return (
-        f"{name} = {value / unit:.3g}{one} (fitted on {low / unit:.3g}{one} to {high / unit:.3g}{one})",
+        (
+            f"{name} = {value / unit:.3g}{one} (fitted on {low / unit:.3g}{one} to "
+            f"{high / unit:.3g}{one})"
+        ),
     )

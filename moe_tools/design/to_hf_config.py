@@ -12,8 +12,8 @@ HF_MODEL_TYPES = {
 def hf_config(plan: Plan) -> dict:
     """What stands in a config.json: ``transformers.AutoConfig.for_model(**config)`` reads it.
 
-    Top-k: Qwen3-MoE. Loss-free: GLM-4.5's layout (DeepSeek-V3's router, key heads shared among query heads); its bias is moved by
-    whoever trains.
+    Top-k: Qwen3-MoE. Loss-free: GLM-4.5's layout (DeepSeek-V3's router, key heads shared among
+    query heads); its bias is moved by whoever trains.
 
     Raises:
         ValueError: no family has the router.
@@ -21,7 +21,8 @@ def hf_config(plan: Plan) -> dict:
     shape, budget = plan.shape, plan.budget
     if budget.router_name not in HF_MODEL_TYPES:
         raise ValueError(
-            f"router={budget.router_name!r} has no Hugging Face family; those with one: {', '.join(HF_MODEL_TYPES)}"
+            f"router={budget.router_name!r} has no Hugging Face family; those with one: "
+            f"{', '.join(HF_MODEL_TYPES)}"
         )
     model_type, architecture = HF_MODEL_TYPES[budget.router_name]
     common = {
@@ -46,7 +47,8 @@ def hf_config(plan: Plan) -> dict:
         "eos_token_id": None,
     }
     if budget.router_name == "topk":
-        # Their loss is top_k at perfect balance and ours 1 (transformers #28255), and it counts only with output_router_logits (#44242).
+        # Their loss is top_k at perfect balance and ours 1 (transformers #28255), and it counts
+        # only with output_router_logits (#44242).
         return {
             **common,
             "num_experts": shape.n_experts,

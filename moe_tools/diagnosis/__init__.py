@@ -1,12 +1,14 @@
-"""Diagnosis: from a ``RoutingLog`` to what is wrong with a run, how one can tell, and what to do about it.
+"""Diagnosis: what is wrong with a run, how one can tell, and what to do about it.
 
-    routing_log         what a run writes down               log_records   one step, in plain numbers
-    illness             how a rule becomes an illness        finding       what a diagnosis says
-    *_illnesses         the rules: of the load, of what a router learns outside the gradient (state), of what
-                        it computes (router), of what stands around it (run)
+    routing_log         what a run writes down
+    log_records         one step of it, in plain numbers
+    illness             how a rule becomes an illness
+    *_illnesses         the rules: of the load, of what a router learns outside the gradient
+                        (state), of what it computes (router), of what stands around it (run)
+    finding             what a diagnosis says
 
-To add an illness is to write a function with ``@illness`` in one of the four. Rules look at the later half of the
-log, where a run has settled, unless they say otherwise.
+To add an illness is to write a function with ``@illness`` in one of the four. Rules look at the
+later half of the log, where a run has settled, unless they say otherwise.
 """
 
 from . import load_illnesses, router_illnesses, run_illnesses, state_illnesses
@@ -25,8 +27,8 @@ def diagnose(history: RoutingLog) -> Findings:
         history: a ``RoutingLog``.
 
     Returns:
-        ``Findings``, a list; print it. An empty one says that nothing was found, not that nothing is wrong: its
-        ``unasked`` names the illnesses for which the log held no evidence either way.
+        ``Findings``, a list; print it. An empty one says that nothing was found, not that nothing
+        is wrong: its ``unasked`` names the illnesses for which the log held no evidence either way.
 
     Raises:
         ValueError: no training step was logged, or their numbers of layers differ.

@@ -1,13 +1,16 @@
-"""What an illness is: a rule, and what is said when it speaks. ``@illness`` makes a function one of ``ILLNESSES``.
+"""What an illness is: a rule, and what is said when it speaks.
 
-    @illness("dead shared gate", needs="a gated shared expert", remedy="Start it at 1/2 ...", source="...")
+``@illness`` makes a function one of ``ILLNESSES``.
+
+    @illness("dead shared gate", needs="a gated shared expert", remedy="Start it ...", source="...")
     def dead_shared_gate(layer: LayerHistory) -> Symptoms | None:
         gates = [r.shared_gate for r in layer.late if r.shared_gate is not None]
         if not gates:
             return None                                       # the log cannot tell
         return Symptoms({"mean_gate": fmean(gates)}) if fmean(gates) < CLOSED_GATE else WELL
 
-A rule is asked of each layer, or with ``whole_run=True`` of the log. Its threshold is a constant beside it.
+A rule is asked of each layer, or with ``whole_run=True`` of the log. Its threshold is a constant
+beside it.
 """
 
 from collections.abc import Callable
@@ -23,7 +26,8 @@ class Symptoms:
     """What a rule found.
 
     Attributes:
-        evidence: name -> number; empty where all is well. "steps" is added unless it is there: first and last of the later half.
+        evidence: name -> number; empty where all is well. "steps" is added unless it is there:
+            first and last of the later half.
         remedy, severity: instead of the illness's own.
     """
 

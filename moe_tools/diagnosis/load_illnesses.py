@@ -1,8 +1,9 @@
 """Who gets how many tokens: collapse, starvation, imbalance, drops.
 
-A load is told as the share of the tokens that ask for an expert, before capacity. With K experts per token
-the shares sum to K, and the fair share is K/E (``LayerRecord.aim`` where real and cheap experts differ).
-Shares of the *slots* would not do: with K = 2 an expert that every token visits has half of them.
+A load is told as the share of the tokens that ask for an expert, before capacity. With K experts
+per token the shares sum to K, and the fair share is K/E (``LayerRecord.aim`` where real and cheap
+experts differ). Shares of the *slots* would not do: with K = 2 an expert that every token visits
+has half of them.
 """
 
 from dataclasses import dataclass
@@ -25,14 +26,14 @@ BALANCE_LOSSES = ("load_balance", "sequence_balance")
 
 @dataclass(frozen=True)
 class Load:
-    """The pooled load of some records: share_E of the tokens, and fair_E, the share it should have."""
+    """A pooled load as shares of the tokens: what experts get, and what is fair."""
 
     share_E: list[float]
     fair_E: list[float]
 
 
 def pooled(records: list[LayerRecord]) -> Load | None:
-    """The load of these records together; None when no token asked, or thresholds decide the load."""
+    """The load of these records; None without tokens, or where thresholds decide it."""
     tokens = sum(r.tokens for r in records)
     asked_E = [sum(counts) for counts in zip(*(r.asked for r in records))]
     if sum(asked_E) == 0 or records[-1].thresholds is not None:
@@ -45,16 +46,19 @@ def pooled(records: list[LayerRecord]) -> Load | None:
     "collapse",
     needs="loads that no threshold decides",
     severity=Severity.CRITICAL,
-    source="Rule of thumb (over 50 % of the tokens on one expert), measured from the fair share on; "
-    "Shazeer et al. 2017, section 4",
+    source=(
+        "Rule of thumb (over 50 % of the tokens on one expert), measured from the fair share on; "
+        "Shazeer et al. 2017, section 4"
+    ),
 )
 def collapse(layer: LayerHistory) -> Symptoms | None:
     r"""An expert gets most of the tokens.
 
-    .. math:: \frac{t_e - K/E}{1 - K/E} > \frac{1}{2}, \quad t_e = \text{share of the tokens that ask for } e
+    .. math:: \frac{t_e - K/E}{1 - K/E} > \frac{1}{2}, \quad t_e = \text{share of the tokens that
+        ask for } e
 
-    0 at the fair share, 1 when every token asks for it. Nothing is asked of layers in which a token takes
-    half of the experts anyway, nor of routers with thresholds: see ``threshold_cold_start``.
+    0 at the fair share, 1 when every token asks for it. Nothing is asked of layers in which a token
+    takes half of the experts anyway, nor of routers with thresholds: see ``threshold_cold_start``.
     """
     load = pooled(layer.late)
     if load is None:
@@ -76,10 +80,13 @@ def collapse(layer: LayerHistory) -> Symptoms | None:
 @illness(
     "starvation",
     needs="loads that no threshold decides",
-    source="Rule of thumb (an expert under 1 % of the tokens); jitter as in Fedus et al. 2021, section 2.2",
+    source=(
+        "Rule of thumb (an expert under 1 % of the tokens); jitter as in Fedus et al. 2021, "
+        "section 2.2"
+    ),
 )
 def starvation(layer: LayerHistory) -> Symptoms | None:
-    """Experts that get less than 1 % of the tokens, or than a tenth of their fair share if that is less."""
+    """Experts with less than 1 % of the tokens, or a tenth of their fair share if less."""
     load = pooled(layer.late)
     if load is None:
         return None
@@ -103,10 +110,15 @@ def starvation(layer: LayerHistory) -> Symptoms | None:
 @illness(
     "load imbalance",
     needs="loads that no threshold decides",
-    source="Rule of thumb (load varies by more than 3 times); Qiu et al. 2025 for the global batch",
+    source=(
+        "Rule of thumb (load varies by more than 3 times); Qiu et al. 2025 for the global batch"
+    ),
 )
 def imbalance(layer: LayerHistory) -> Symptoms | None:
-    """The busiest expert gets over 3 times its fair share without having collapsed. That is MaxVio > 2."""
+    """The busiest expert gets over 3 times its fair share without having collapsed.
+
+    That is MaxVio > 2.
+    """
     load = pooled(layer.late)
     if load is None:
         return None
@@ -128,8 +140,10 @@ def imbalance(layer: LayerHistory) -> Symptoms | None:
 @illness(
     "drop storm",
     needs="a capacity",
-    source="Rule of thumb (factor 1.0 to 1.5 in training, 2 and more in eval); Fedus et al. 2021: with a "
-    "balance loss, typically under 1 % dropped. The threshold of a quarter is ours",
+    source=(
+        "Rule of thumb (factor 1.0 to 1.5 in training, 2 and more in eval); Fedus et al. 2021: "
+        "with a balance loss, typically under 1 % dropped. The threshold of a quarter is ours"
+    ),
 )
 def drop_storm(layer: LayerHistory) -> Symptoms | None:
     """A quarter of the slots or more find no room."""
@@ -143,11 +157,16 @@ def drop_storm(layer: LayerHistory) -> Symptoms | None:
     mean_load = wanted / len(records) / len(records[-1].asked)
     return Symptoms(
         {"dropped": dropped, "capacity": capacity, "mean_load": mean_load},
-        "The capacity is below the mean load: even a perfect balance would drop. Raise the factor to 1.0 "
-        "to 1.5 (eval: 2 or more)."
-        if capacity < mean_load
-        else "There is room for the mean load, not for the busiest experts: mend the balance first, then "
-        "raise the factor, or hand the overflow to a shared expert (CapacityRule(overflow='shared')).",
+        (
+            "The capacity is below the mean load: even a perfect balance would drop. Raise the "
+            "factor to 1.0 to 1.5 (eval: 2 or more)."
+            if capacity < mean_load
+            else (
+                "There is room for the mean load, not for the busiest experts: mend the balance "
+                "first, then raise the factor, or hand the overflow to a shared expert "
+                "(CapacityRule(overflow='shared'))."
+            )
+        ),
         Severity.CRITICAL if dropped >= 0.5 else Severity.WARNING,
     )
 
@@ -156,8 +175,14 @@ def _more_balance(records: list[LayerRecord]) -> str:
     if any(name in records[-1].losses for name in BALANCE_LOSSES):
         return "Raise the balance coefficient 2 to 5 times"
     if records[-1].bias is not None and any(records[-1].bias):
-        return "Raise bias_update_rate, which does not keep up, or call router.update once per optimiser step"
-    return "Add a balance loss (aux_loss_weight=0.01 to 0.02), or take a router with a selection bias (loss_free)"
+        return (
+            "Raise bias_update_rate, which does not keep up, or call router.update once per "
+            "optimiser step"
+        )
+    return (
+        "Add a balance loss (aux_loss_weight=0.01 to 0.02), or take a router with a selection bias "
+        "(loss_free)"
+    )
 
 
 def starves(share: float, fair: float) -> bool:
@@ -166,7 +191,10 @@ def starves(share: float, fair: float) -> bool:
 
 
 def crowds(share: float, fair: float) -> bool:
-    """Whether this share is over half of the way from the fair share to all. Never where half is fair."""
+    """Whether this share is over half of the way from the fair share to all.
+
+    Never where half is fair.
+    """
     return fair < 0.5 and (share - fair) / (1 - fair) > COLLAPSE
 
 

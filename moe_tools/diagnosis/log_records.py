@@ -1,4 +1,4 @@
-"""What is written down of a routing and of a step, in small plain numbers; ``RoutingLog`` collects them."""
+"""What is written down of a routing and of a step, in small plain numbers."""
 
 from dataclasses import dataclass, field, fields
 
@@ -20,15 +20,19 @@ class LayerRecord:
         asked_next: (E,) the same as asked, one step later; None where that step was not logged.
         tokens: tokens that the router took for real.
         padding_slots: slots asked for by tokens that are padding.
-        entropy: ``metrics.router_entropy``, nats. logsumexp: root of the mean over tokens of (logsumexp_e h)^2.
+        entropy: ``metrics.router_entropy``, nats. logsumexp: root of the mean over tokens of
+            (logsumexp_e h)^2.
         largest_logit, largest_score: mean over tokens of max_e |h_e| and of max_e s_e.
-        bf16_logits, bf16_weights: share of the values that bfloat16 holds exactly, powers of two and zeros left out: nearly 0 in
-            float32, 1 for what was computed in bfloat16, whatever its dtype is now.
+        bf16_logits, bf16_weights: share of the values that bfloat16 holds exactly, powers of two
+            and zeros left out: nearly 0 in float32, 1 for what was computed in bfloat16, whatever
+            its dtype is now.
         capacity: the most slots an expert may keep in this batch; None when dropless.
         losses: the weighted auxiliary losses by name.
-        aim: (E,) share of the tokens that the router means each expert to get; sums to K, or to the mean number of experts a token
-            is meant to take. Uniform but for zero-computation routers.
-        bias, thresholds: (E,) what the router learned outside the gradient, as it is after this step.
+        aim: (E,) share of the tokens that the router means each expert to get; sums to K, or to the
+            mean number of experts a token is meant to take. Uniform but for zero-computation
+            routers.
+        bias, thresholds: (E,) what the router learned outside the gradient, as it is after this
+            step.
         shared_gate: mean over tokens of the shared expert's gate.
         route_flips: as the caller measured it, say between this router in float32 and in bfloat16.
     """
@@ -58,8 +62,10 @@ class StepCosts:
     """What a step took, as far as the caller measured or modelled it. None: not known.
 
     Attributes:
-        step_seconds: of the whole step. all_to_all_seconds: of it, waiting for rows to be exchanged.
-        rank_rows: (R,) rows the experts of each rank computed. rank_seconds: (R,) time each rank took for them.
+        step_seconds: of the whole step. all_to_all_seconds: of it, waiting for rows to be
+            exchanged.
+        rank_rows: (R,) rows the experts of each rank computed. rank_seconds: (R,) time each rank
+            took for them.
         memory_share: peak memory over the device's memory.
     """
 
@@ -72,7 +78,7 @@ class StepCosts:
 
 @dataclass
 class StepRecord:
-    """One logged step: its layers, its loss without the auxiliary ones (nats), the share of padding in the batch, its costs."""
+    """One logged step; its loss is without the auxiliary ones, in nats."""
 
     step: int
     layers: list[LayerRecord]
@@ -139,7 +145,10 @@ def _places(routing: Routing) -> int | None:
 
 
 def _held_by_bf16(values: Tensor) -> tuple[Tensor, Tensor]:
-    """How many of the first values bfloat16 holds exactly, and how many there are. A power of two says nothing: 1/K is one."""
+    """How many of the first values bfloat16 holds exactly, and how many there are.
+
+    A power of two says nothing: 1/K is one.
+    """
     values = values.flatten()[:_SAMPLE]
     telling = (values != 0) & (values.frexp().mantissa.abs() != 0.5)
     held = telling & (values.bfloat16().to(values.dtype) == values)

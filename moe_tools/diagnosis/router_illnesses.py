@@ -1,4 +1,4 @@
-"""What the router computes: how large its logits are, in which precision, and what it learns from."""
+"""What the router computes: the size of its logits, their precision, and its losses."""
 
 from math import log as ln
 from statistics import fmean
@@ -18,11 +18,13 @@ UNDECIDED = 0.95  # of ln E
 @illness(
     "logit drift",
     needs="four logged steps",
-    source="Zoph et al. 2022 (arXiv 2202.08906), eq. 5, coefficient 0.001; the threshold is bfloat16's "
-    "resolution, and ours",
+    source=(
+        "Zoph et al. 2022 (arXiv 2202.08906), eq. 5, coefficient 0.001; the threshold is "
+        "bfloat16's resolution, and ours"
+    ),
 )
 def logit_drift(layer: LayerHistory) -> Symptoms | None:
-    r"""Logits grow without bound: the largest is above 8 in the mean over tokens, and twice the first.
+    r"""Logits drift: the largest is above 8 in the mean over tokens, and twice the first.
 
     Told by max |h|, since logsumexp of E equal logits is already ln E; both are in the evidence.
     """
@@ -52,13 +54,17 @@ def logit_drift(layer: LayerHistory) -> Symptoms | None:
 @illness(
     "bf16 router",
     needs="a router with logits of its own",
-    remedy="Compute logits, scores and weights in float32 at least, with autocast off around them: it is "
-    "little work.",
-    source="Fedus et al. 2021 (selective precision); sglang #33764: 5.27 % of the tokens took other "
-    "experts. The thresholds are ours",
+    remedy=(
+        "Compute logits, scores and weights in float32 at least, with autocast off around them: it "
+        "is little work."
+    ),
+    source=(
+        "Fedus et al. 2021 (selective precision); sglang #33764: 5.27 % of the tokens took other "
+        "experts. The thresholds are ours"
+    ),
 )
 def bf16_router(layer: LayerHistory) -> Symptoms | None:
-    """Logits or weights were computed in bfloat16, whatever dtype they have now; or routes were seen to flip."""
+    """Logits or weights were computed in bfloat16, or routes were seen to flip."""
     measured = {
         "logits_held_by_bf16": [r.bf16_logits for r in layer.late],
         "weights_held_by_bf16": [r.bf16_weights for r in layer.late],
@@ -79,13 +85,17 @@ def bf16_router(layer: LayerHistory) -> Symptoms | None:
 @illness(
     "over-strong balance loss",
     needs="a balance loss",
-    remedy="Lower the coefficient to 0.01 to 0.02. If the load then tips, balance over the global batch, "
-    "or use a selection bias: neither forbids experts to differ.",
-    source="Rule of thumb (coefficient 0.01 to 0.02; the threshold is ten times that); Qiu et al. 2025 "
-    "(arXiv 2501.11873) on balance that forbids specialisation",
+    remedy=(
+        "Lower the coefficient to 0.01 to 0.02. If the load then tips, balance over the global "
+        "batch, or use a selection bias: neither forbids experts to differ."
+    ),
+    source=(
+        "Rule of thumb (coefficient 0.01 to 0.02; the threshold is ten times that); Qiu et al. "
+        "2025 (arXiv 2501.11873) on balance that forbids specialisation"
+    ),
 )
 def over_strong_balance_loss(layer: LayerHistory) -> Symptoms | None:
-    """The router listens to the balance loss alone: it is over 0.2 a layer, and scores are near uniform."""
+    """The balance loss is over 0.2 a layer, and the scores are near uniform."""
     records = layer.late
     names = [name for name in BALANCE_LOSSES if name in records[-1].losses]
     if not names:

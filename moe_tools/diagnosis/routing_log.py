@@ -1,10 +1,10 @@
-"""RoutingLog: what a training run must write down about its routings, so that one can tell later what went wrong.
+"""RoutingLog: what a run writes down, so that one can tell later what went wrong.
 
     log = RoutingLog(model, every=20)
     for step in ...:
         logits, routings = model(tokens)
-        ...                                             # loss, backward, optimiser step, router.update
-        log.add(step, routings, loss=loss)              # call it every step; it looks at every 20th, and at the load of the next
+        ...                          # loss, backward, optimiser step, router.update
+        log.add(step, routings, loss=loss)   # every step; it records each 20th
     print(moe_tools.diagnosis.diagnose(log))
 
 Small plain numbers on the CPU, ready for JSON. A rank of a data-parallel run logs its own routings.
@@ -27,7 +27,8 @@ class RoutingLog:
     """Records routings during training; ``diagnose`` reads it.
 
     Args:
-        model: whose routers' biases and thresholds, and shared experts' gates, are recorded too. None: routings alone.
+        model: whose routers' biases and thresholds, and shared experts' gates, are recorded too.
+            None: routings alone.
         every: record a step whose number is a multiple of this, and the load of the one after it.
 
     Attributes:
@@ -68,13 +69,17 @@ class RoutingLog:
         route_flips: Sequence[float] | None = None,
         costs: StepCosts | None = None,
     ) -> bool:
-        """Record this training step, if it is its turn; call it at every step, after ``router.update``.
+        """Record this training step, if it is its turn.
+
+        Call it at every step, after ``router.update``.
 
         Args:
             step: its number.
-            routings: one for each MoE layer, as the model returned them (of one micro-batch, if a step has several).
+            routings: one for each MoE layer, as the model returned them (of one micro-batch, if a
+                step has several).
             loss: of the batch, in nats, without auxiliary losses.
-            padding_mask: (B, N) bool, True for real tokens: what the data loader knows, whether or not the router was told.
+            padding_mask: (B, N) bool, True for real tokens: what the data loader knows, whether or
+                not the router was told.
             route_flips: one number for each layer, see ``LayerRecord``.
             costs: what the step took.
 
@@ -104,8 +109,9 @@ class RoutingLog:
     ) -> None:
         """Record a forward pass in eval mode, always.
 
-        Give it the batch of the training step with the same number: the two losses then differ by what the modes do
-        differently (capacity, noise, thresholds, who competes with whom), and not by what the model has not learned.
+        Give it the batch of the training step with the same number: the two losses then differ by
+        what the modes do differently (capacity, noise, thresholds, who competes with whom), and not
+        by what the model has not learned.
         """
         self._check(routings)
         self.evaluation.append(self._record(step, routings, loss, padding_mask, None, None))
@@ -127,7 +133,10 @@ class RoutingLog:
 
     @classmethod
     def from_dict(cls, values: dict) -> "RoutingLog":
-        """The inverse of ``to_dict``, without a model. Raises ValueError for a key that is unknown or missing."""
+        """The inverse of ``to_dict``, without a model.
+
+        Raises ValueError for a key that is unknown or missing.
+        """
         exactly(values, {"every", "training", "evaluation"}, "RoutingLog")
         log = cls(every=values["every"])
         log.training = [step_record(record) for record in values["training"]]
@@ -140,13 +149,15 @@ class RoutingLog:
         )
         if len(routings) != expected:
             raise ValueError(
-                f"routings has {len(routings)} entries, must have one for each of the {expected} MoE layers"
+                f"routings has {len(routings)} entries, must have one for each of the {expected} "
+                "MoE layers"
             )
 
     def _record(self, step, routings, loss, padding_mask, route_flips, costs) -> StepRecord:
         if route_flips is not None and len(route_flips) != len(routings):
             raise ValueError(
-                f"route_flips has {len(route_flips)} entries, must have one for each of {len(routings)} layers"
+                f"route_flips has {len(route_flips)} entries, must have one for each of "
+                f"{len(routings)} layers"
             )
         if padding_mask is None:
             padding_mask = routings[0].padding_mask
@@ -175,7 +186,9 @@ class RoutingLog:
             layers,
             loss=loss.item() if isinstance(loss, Tensor) else loss,
             costs=costs or StepCosts(),
-            padding_share=None if padding_mask is None else float(1 - padding_mask.double().mean()),
+            padding_share=(
+                None if padding_mask is None else float(1 - padding_mask.double().mean())
+            ),
         )
 
 

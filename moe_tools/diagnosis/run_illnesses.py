@@ -1,4 +1,4 @@
-"""What stands around the router: padding, the shared expert, evaluation, and ranks that wait for each other."""
+"""What stands around the router: padding, shared experts, evaluation, ranks that wait."""
 
 from statistics import fmean
 
@@ -7,7 +7,8 @@ from .log_records import StepRecord
 from .routing_log import RoutingLog
 
 CLOSED_GATE = 0.05  # mean of a sigmoid; its slope there is a fifth of that at 1/2
-# Nats per token; the gain of expert threshold over token choice, say, is 0.067 (arXiv 2603.11535, table 2).
+# Nats per token; the gain of expert threshold over token choice, say, is 0.067 (arXiv 2603.11535,
+# table 2).
 GAP = 0.05
 STRAGGLER = 1.5  # times the mean of the ranks: the others wait a third of the time
 ALL_TO_ALL = 0.30  # of the step
@@ -17,12 +18,14 @@ MEMORY = 0.90  # of the device
 @illness(
     "padding counted",
     needs="padding_mask",
-    remedy="Hand padding_mask (True for real tokens) to the model, so that padding takes no slot and "
-    "counts in no loss.",
+    remedy=(
+        "Hand padding_mask (True for real tokens) to the model, so that padding takes no slot and "
+        "counts in no loss."
+    ),
     source="transformers #28505; Megatron-LM #1984; torchtitan #4594",
 )
 def padding_counted(layer: LayerHistory) -> Symptoms | None:
-    """Padding was routed as if it were text, so it takes room and moves loads, losses and biases."""
+    """Padding was routed as if it were text: it takes room and moves loads and losses."""
     masked = [step for step in layer.log.training if step.padding_share is not None]
     if not masked:
         return None
@@ -41,8 +44,10 @@ def padding_counted(layer: LayerHistory) -> Symptoms | None:
 @illness(
     "dead shared gate",
     needs="a gated shared expert",
-    remedy="Start the gate at 1/2 (weights near zero, no bias), or leave it out (shared_gate=False): the "
-    "shared expert is paid for, and adds nothing.",
+    remedy=(
+        "Start the gate at 1/2 (weights near zero, no bias), or leave it out (shared_gate=False): "
+        "the shared expert is paid for, and adds nothing."
+    ),
     source="Rule of thumb, ours; the gate is Qwen2-MoE's",
 )
 def dead_shared_gate(layer: LayerHistory) -> Symptoms | None:
@@ -57,11 +62,13 @@ def dead_shared_gate(layer: LayerHistory) -> Symptoms | None:
     "train-eval gap",
     needs="add_evaluation and losses",
     whole_run=True,
-    source="Sun et al. 2026 (arXiv 2603.11535), figure 7 (expert choice of small batches diverges in "
-    "eval); the threshold is ours",
+    source=(
+        "Sun et al. 2026 (arXiv 2603.11535), figure 7 (expert choice of small batches diverges in "
+        "eval); the threshold is ours"
+    ),
 )
 def train_eval_gap(log: RoutingLog) -> Symptoms | None:
-    """On the batches of training steps the model is worse by 0.05 nats in eval mode: it does something else."""
+    """Eval mode is worse by 0.05 nats on the batches of training: it does something else."""
     training = {step.step: step for step in log.training if step.loss is not None}
     pairs = later_half(
         [
@@ -85,18 +92,19 @@ def train_eval_gap(log: RoutingLog) -> Symptoms | None:
         )
     elif abs(experts[1] / max(experts[0], 1e-12) - 1) > 0.1:
         remedy = (
-            "Tokens get another number of experts in eval: calibrate the thresholds, call router.update "
-            "once per step, evaluate with batches like those of training."
+            "Tokens get another number of experts in eval: calibrate the thresholds, call "
+            "router.update once per step, evaluate with batches like those of training."
         )
     elif crowding[1] > 1.2 * crowding[0]:
         remedy = (
-            "The load tips in eval: this router balances in training only (BASE, Sinkhorn, noise). Train "
-            "the last steps with its eval routing, or take a router that routes alike in both."
+            "The load tips in eval: this router balances in training only (BASE, Sinkhorn, noise). "
+            "Train the last steps with its eval routing, or take a router that routes alike in "
+            "both."
         )
     else:
         remedy = (
-            "Look for noise or dropout left on in eval, and ask moe_tools.probe.probe what a token's "
-            "output depends on."
+            "Look for noise or dropout left on in eval, and ask moe_tools.probe.probe what a "
+            "token's output depends on."
         )
     return Symptoms(
         {
@@ -119,7 +127,7 @@ def train_eval_gap(log: RoutingLog) -> Symptoms | None:
     source="Rule of thumb, ours: at 1.5 the other ranks wait a third of the time",
 )
 def straggler_rank(log: RoutingLog) -> Symptoms | None:
-    """One rank takes 1.5 times the mean of all, in most of the steps; by rows where no time is known."""
+    """One rank takes 1.5 times the mean in most steps; by rows where no time is known."""
     costs = [step.costs for step in later_half(log.training)]
     seconds = [cost.rank_seconds for cost in costs if cost.rank_seconds]
     rows = [cost.rank_rows for cost in costs if cost.rank_rows]
@@ -142,11 +150,15 @@ def straggler_rank(log: RoutingLog) -> Symptoms | None:
     crowded = evidence.get("rows_over_mean", 0) > 1 + (STRAGGLER - 1) / 2
     return Symptoms(
         evidence,
-        "Its experts are popular: balance the load, place experts by measured load, or replicate the hot "
-        "ones."
-        if crowded
-        else "It has no more rows than others, so the cause is the machine: clocks, link, or something "
-        "else running there.",
+        (
+            "Its experts are popular: balance the load, place experts by measured load, or "
+            "replicate the hot ones."
+            if crowded
+            else (
+                "It has no more rows than others, so the cause is the machine: clocks, link, or "
+                "something else running there."
+            )
+        ),
     )
 
 
@@ -154,10 +166,14 @@ def straggler_rank(log: RoutingLog) -> Symptoms | None:
     "slow all-to-all",
     needs="all_to_all_seconds and step_seconds",
     whole_run=True,
-    remedy="Send less: fewer experts per token, node limits (n_groups, topk_groups), FP8 dispatch; or "
-    "overlap it with the shared expert. A straggler makes it look slow: balance first.",
-    source="Rule of thumb (over 30 % of the step); node limits as in DeepSeek-V3 (arXiv 2412.19437), "
-    "section 2.1.2",
+    remedy=(
+        "Send less: fewer experts per token, node limits (n_groups, topk_groups), FP8 dispatch; or "
+        "overlap it with the shared expert. A straggler makes it look slow: balance first."
+    ),
+    source=(
+        "Rule of thumb (over 30 % of the step); node limits as in DeepSeek-V3 (arXiv 2412.19437), "
+        "section 2.1.2"
+    ),
 )
 def slow_all_to_all(log: RoutingLog) -> Symptoms | None:
     """All-to-all takes over 30 % of the step."""
@@ -186,9 +202,14 @@ def memory_pressure(log: RoutingLog) -> Symptoms | None:
     dropless = all(layer.capacity is None for layer in log.training[-1].layers)
     return Symptoms(
         {"peak_share": max(shares), "steps": first_and_last(log.training)},
-        "Set a capacity factor of 1.0 to 1.5: without one, memory follows the busiest expert."
-        if dropless
-        else "Lower the capacity factor: the overflow is then dropped, or handed to a shared expert.",
+        (
+            "Set a capacity factor of 1.0 to 1.5: without one, memory follows the busiest expert."
+            if dropless
+            else (
+                "Lower the capacity factor: the overflow is then dropped, or handed to a shared "
+                "expert."
+            )
+        ),
     )
 
 

@@ -16,19 +16,24 @@ COLD = 0.5  # of the records in which an expert's threshold lets in next to noth
 @illness(
     "oscillating bias",
     needs="a router with a bias, and two steps running",
-    remedy="Lower bias_update_rate: 0.001, or a tenth of what it is; or step in proportion to the error "
-    "(bias_update='proportional').",
-    source="Wang et al. 2024 (arXiv 2408.15664): of the rates they tried 0.001 is best, 0.01 oscillates; "
-    "the two thresholds are ours",
+    remedy=(
+        "Lower bias_update_rate: 0.001, or a tenth of what it is; or step in proportion to the "
+        "error (bias_update='proportional')."
+    ),
+    source=(
+        "Wang et al. 2024 (arXiv 2408.15664): of the rates they tried 0.001 is best, 0.01 "
+        "oscillates; the two thresholds are ours"
+    ),
 )
 def oscillating_bias(layer: LayerHistory) -> Symptoms | None:
-    r"""The bias overshoots: who has too many tokens now has too few at the next step, and it goes on.
+    r"""The bias overshoots: an expert with too many tokens has too few at the next step.
 
-    .. math:: r = \frac{\sum v_{s,e} v_{s+1,e}}{\sqrt{\sum v_{s,e}^2 \sum v_{s+1,e}^2}} \le -0.25, \quad
-              v_{s,e} = \frac{\text{load}_{s,e}}{\text{mean load}_s} - 1
+    .. math:: r = \frac{\sum v_{s,e} v_{s+1,e}}{\sqrt{\sum v_{s,e}^2 \sum v_{s+1,e}^2}} \le -0.25,
+        \quad v_{s,e} = \frac{\text{load}_{s,e}}{\text{mean load}_s} - 1
 
-    over the logged steps s, with a root mean square of v of at least 0.4, and of at least half of what it
-    was in the log's earlier half. A swing that takes more than two steps each way is not seen so.
+    over the logged steps s, with a root mean square of v of at least 0.4, and of at least half of
+    what it was in the log's earlier half. A swing that takes more than two steps each way is not
+    seen so.
     """
     pairs = _pairs(layer.late)
     if layer.late[-1].bias is None or not pairs:
@@ -54,17 +59,20 @@ def oscillating_bias(layer: LayerHistory) -> Symptoms | None:
     "threshold cold start",
     needs="a router with thresholds",
     severity=Severity.CRITICAL,
-    remedy="Warm up as expert choice (warmup_steps: 4 / (1 - ema_decay)), or calibrate(batches) on data "
-    "first; call router.update once per optimiser step. In a short run use a lower ema_decay.",
+    remedy=(
+        "Warm up as expert choice (warmup_steps: 4 / (1 - ema_decay)), or calibrate(batches) on "
+        "data first; call router.update once per optimiser step. In a short run use a lower "
+        "ema_decay."
+    ),
     source="Sun et al. 2026 (arXiv 2603.11535), appendix E.1; the measures are ours",
 )
 def threshold_cold_start(layer: LayerHistory) -> Symptoms | None:
     """In half of the records a threshold lets in next to nothing, or most tokens.
 
-    Next to nothing is starvation's measure and most is collapse's, against the share the router promises.
-    Each record counts for itself, since a cold threshold may overshoot both ways; less than two say
-    nothing. Asked of either half of training, and of the later half of evaluation, which may be cold when
-    training is not (training warms up as expert choice); the worst is told.
+    Next to nothing is starvation's measure and most is collapse's, against the share the router
+    promises. Each record counts for itself, since a cold threshold may overshoot both ways; less
+    than two say nothing. Asked of either half of training, and of the later half of evaluation,
+    which may be cold when training is not (training warms up as expert choice); the worst is told.
     """
     windows = {
         "training, first half": early_half(layer.log.training),

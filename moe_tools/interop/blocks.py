@@ -12,20 +12,22 @@ from .families import config_of, family_of
 def from_block(hf_block: nn.Module, hf_config) -> MixtureOfExperts:
     """A ``MixtureOfExperts`` with a copy of the block's weights, that does what the block does.
 
-    Outputs and gradients are equal up to rounding, in eval and in training, except for what is random: the jitter of Switch's
-    router is seen by the router alone here. (In bfloat16 our router still computes in float32.) Losses are not carried over: add
-    ``aux_loss_weight`` yourself, in our scale (``losses.convert_loss``).
+    Outputs and gradients are equal up to rounding, in eval and in training, except for what is
+    random: the jitter of Switch's router is seen by the router alone here. (In bfloat16 our router
+    still computes in float32.) Losses are not carried over: add ``aux_loss_weight`` yourself, in
+    our scale (``losses.convert_loss``).
 
     Args:
         hf_block: an MoE block of transformers, one of ``FAMILIES``.
-        hf_config: the config it was built from; of a model of several parts, the text model's or the whole.
+        hf_config: the config it was built from; of a model of several parts, the text model's or
+            the whole.
 
     Returns:
         On the block's device, in its dtype, its mode (training or eval) and with its requires_grad.
 
     Raises:
-        ValueError: the family is unknown, an option has no counterpart, or a weight is missing, unexpected or of another shape than
-            the family's layout says.
+        ValueError: the family is unknown, an option has no counterpart, or a weight is missing,
+            unexpected or of another shape than the family's layout says.
     """
     moe = check(hf_block, hf_config)
     moe.load_state_dict(read(hf_block, moe, hf_block.state_dict()), assign=True)
@@ -35,19 +37,20 @@ def from_block(hf_block: nn.Module, hf_config) -> MixtureOfExperts:
 
 @torch.no_grad()
 def to_block(moe: MixtureOfExperts, hf_block: nn.Module, hf_config=None) -> nn.Module:
-    """Write the weights back into a block of the family they came from; the inverse of ``from_block``.
+    """Write the weights back into a block of their family; undoes ``from_block``.
 
     Args:
         moe: what ``from_block`` made, trained further perhaps.
         hf_block: its tensors are overwritten; they keep their dtype and device.
-        hf_config: if given, the block's options are compared with ours as well. Weights alone cannot tell, say, whether the block
-            renormalises.
+        hf_config: if given, the block's options are compared with ours as well. Weights alone
+            cannot tell, say, whether the block renormalises.
 
     Returns:
         hf_block.
 
     Raises:
-        ValueError: the family is unknown, the block and ours have not the same weights, or they do not do the same.
+        ValueError: the family is unknown, the block and ours have not the same weights, or they do
+            not do the same.
     """
     if hf_config is not None:
         _same_options(moe.config, config_of(hf_block, hf_config))
@@ -59,7 +62,7 @@ def to_block(moe: MixtureOfExperts, hf_block: nn.Module, hf_config=None) -> nn.M
 
 
 def check(hf_block: nn.Module, hf_config) -> MixtureOfExperts:
-    """Raise what ``from_block`` would, and return what it would, but without memory (on the meta device)."""
+    """What ``from_block`` raises and returns, but without memory (on the meta device)."""
     config = config_of(hf_block, hf_config)
     with torch.device("meta"):  # draws no random number either
         moe = MixtureOfExperts(config)
@@ -95,7 +98,8 @@ def read(
         for source, tensor, right in zip(sources, tensors, expected):
             if tensor.shape != right.shape:
                 raise ValueError(
-                    f"{where}.{source} has shape {tuple(tensor.shape)}, must be {tuple(right.shape)}"
+                    f"{where}.{source} has shape {tuple(tensor.shape)}, must be "
+                    f"{tuple(right.shape)}"
                 )
         tensor = layout.read(tensors).clone(memory_format=torch.contiguous_format)
         ours[name] = (

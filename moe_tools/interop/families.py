@@ -1,7 +1,7 @@
-"""The Hugging Face blocks we can read: what their config says in our words, and where their weights lie.
+"""The Hugging Face blocks we can read: their options in our words, and their weights.
 
-A family is a row of ``FAMILIES``. How its router scores, selects and weighs stands in ``moe_core.routers.presets`` and nowhere
-else; here it gets the numbers of the config at hand.
+A family is a row of ``FAMILIES``. How its router scores, selects and weighs stands in
+``moe_core.routers.presets`` and nowhere else; here it gets the numbers of the config at hand.
 """
 
 from collections.abc import Callable
@@ -37,7 +37,7 @@ HF_ACTIVATIONS = {
 
 
 def _routing(preset: str, **changes) -> dict:
-    """The fields of MoEConfig that make the router: the preset's options, with the config's own numbers in place of the model's."""
+    """The router's fields of MoEConfig: the preset's options, with this config's numbers."""
     options = {**PRESETS[preset].options, **changes}
     fields = {
         name: options.pop(name)
@@ -207,12 +207,13 @@ class Family:
 
     Attributes:
         options: (their config, the block's router) -> the fields of ``MoEConfig``.
-        layouts: name of a weight of ours -> how it lies there. A weight that this block's variant does not have (a bias, a table)
-            is left out.
+        layouts: name of a weight of ours -> how it lies there. A weight that this block's variant
+            does not have (a bias, a table) is left out.
         gate: the name of the block's router.
         demands: option of their config -> the values under which their block does what ours does.
         returns: (y (B, N, D), routing) -> what the block's forward returns.
-        logits_at: where the logits stand in what the block's router returns: there transformers looks for them.
+        logits_at: where the logits stand in what the block's router returns: there transformers
+            looks for them.
         flat_logits: whether they are (T, E) there, or (B, N, E).
     """
 
@@ -328,8 +329,9 @@ def config_of(block: nn.Module, hf_config) -> MoEConfig:
     """What a block of this family and config does, as our config.
 
     Raises:
-        ValueError: the block is of no known family, the config lacks what the family needs (it is another model's), or an option
-            has a value under which the block does what ours does not.
+        ValueError: the block is of no known family, the config lacks what the family needs (it is
+            another model's), or an option has a value under which the block does what ours does
+            not.
     """
     family, config = family_of(block), getattr(hf_config, "text_config", hf_config)
     for option, allowed in family.demands.items():
@@ -337,7 +339,8 @@ def config_of(block: nn.Module, hf_config) -> MoEConfig:
         if value not in allowed:
             known = ", ".join(map(repr, allowed))
             raise ValueError(
-                f"{option}={value!r} of {type(block).__name__} has no counterpart here; known: {known}"
+                f"{option}={value!r} of {type(block).__name__} has no counterpart here; known: "
+                f"{known}"
             )
     try:
         return MoEConfig(**family.options(config, getattr(block, family.gate)))
@@ -348,5 +351,6 @@ def config_of(block: nn.Module, hf_config) -> MoEConfig:
     except KeyError as error:
         known = ", ".join(HF_ACTIVATIONS)
         raise ValueError(
-            f"the activation {error} of {type(block).__name__} has no counterpart here; known: {known}"
+            f"the activation {error} of {type(block).__name__} has no counterpart here; known: "
+            f"{known}"
         ) from error

@@ -1,7 +1,8 @@
-"""How one of our weights lies in somebody else's block: which tensors hold it, and how to go there and back.
+"""How one of our weights lies in somebody else's block, there and back.
 
-The layout of a weight is declared, never guessed: (E, D, 2F) and (E, 2F, D) have the same shape when D = 2F, and a guess from the
-shape then transposes silently (transformers issue 47031, unsloth-zoo issue 849). Shapes are only checked against the declaration.
+The layout of a weight is declared, never guessed: (E, D, 2F) and (E, 2F, D) have the same shape
+when D = 2F, and a guess from the shape then transposes silently (transformers issue 47031,
+unsloth-zoo issue 849). Shapes are only checked against the declaration.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,10 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """One weight of ours in their names; use ``same``, ``transposed``, ``interleaved``, ``concatenated`` or ``stacked``.
+    """One weight of ours in their names.
+
+    Use ``same``, ``transposed``, ``interleaved``, ``concatenated`` or ``stacked``.
 
     Attributes:
-        names: the tensors that hold it; "{e}" stands for an expert's number, and the name then for E tensors.
+        names: the tensors that hold it; "{e}" stands for an expert's number, and the name then for
+            E tensors.
         read: their tensors -> ours. write: the inverse. Both are views wherever they can be.
     """
 

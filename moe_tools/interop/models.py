@@ -13,9 +13,10 @@ from .families import FAMILIES, family_of
 class ConvertedBlock(nn.Module):
     """Stands where a Hugging Face block stood: takes and gives what the model around it expects.
 
-    Its child ``router_output`` (under the name that the block's router had) stands where that router stood. Transformers hooks
-    itself onto routers to collect ``router_logits``, and so gets ours, with their gradient: ``output_router_logits=True`` and the
-    model's own auxiliary loss work as before. Padding is routed like any token, as in transformers.
+    Its child ``router_output`` (under the name that the block's router had) stands where that
+    router stood. Transformers hooks itself onto routers to collect ``router_logits``, and so gets
+    ours, with their gradient: ``output_router_logits=True`` and the model's own auxiliary loss work
+    as before. Padding is routed like any token, as in transformers.
 
     Attributes:
         moe: the ``MixtureOfExperts``. ``moe.register_forward_hook`` sees every Routing.
@@ -31,7 +32,7 @@ class ConvertedBlock(nn.Module):
         self.train(moe.training)
 
     def forward(self, hidden_states: Tensor, input_ids: Tensor | None = None):
-        """What the block returned for hidden states (B, N, D): for most (B, N, D); see ``Family.returns``."""
+        """What the block returned for (B, N, D): see ``Family.returns``."""
         y, routing = self.moe(hidden_states, token_ids=input_ids)
         getattr(self, self._family.gate)(self._at_their_place(routing))
         return self._family.returns(y, routing)
@@ -57,18 +58,20 @@ class ConvertedBlock(nn.Module):
 def convert(hf_model: nn.Module) -> nn.Module:
     """Swap every MoE block of the model for ours, in place; the logits stay equal up to rounding.
 
-    Do it before an optimiser is made: the parameters are new ones. Only one block at a time has its weights twice. A converted
-    model generates and trains; ``restore`` it before save_pretrained, which would write our names.
+    Do it before an optimiser is made: the parameters are new ones. Only one block at a time has its
+    weights twice. A converted model generates and trains; ``restore`` it before save_pretrained,
+    which would write our names.
 
     Args:
-        hf_model: a model of transformers with its ``config``, in one piece (not spread over devices, not quantised).
+        hf_model: a model of transformers with its ``config``, in one piece (not spread over
+            devices, not quantised).
 
     Returns:
         hf_model, with a ``ConvertedBlock`` where a block was.
 
     Raises:
-        ValueError: the model has no MoE block, has one of an unknown family, or ``from_block`` refuses one. The model is then as it
-            was.
+        ValueError: the model has no MoE block, has one of an unknown family, or ``from_block``
+            refuses one. The model is then as it was.
     """
     blocks = {
         name: module
@@ -82,7 +85,8 @@ def convert(hf_model: nn.Module) -> nn.Module:
     if unknown or not blocks:
         found = f"has {', '.join(sorted(unknown))}, no block" if unknown else "has no MoE block"
         raise ValueError(
-            f"{type(hf_model).__name__} {found} that can be read; those known are {', '.join(FAMILIES)}"
+            f"{type(hf_model).__name__} {found} that can be read; those known are "
+            f"{', '.join(FAMILIES)}"
         )
     for block in blocks.values():
         check(block, hf_model.config)  # raises before anything is changed
@@ -127,7 +131,7 @@ class _RouterOutput(nn.Module):
 
 
 def _router_output(hf_router: nn.Module) -> nn.Module:
-    """A module without weights that transformers takes for its router: of its class, with its hooks, those yet to come included."""
+    """A module without weights, of their router's class and with its hooks."""
     cls = type("RouterOutput", (_RouterOutput, type(hf_router)), {})
     module = cls.__new__(cls)
     nn.Module.__init__(module)

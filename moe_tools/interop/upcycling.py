@@ -23,35 +23,44 @@ def upcycle(
 ) -> MixtureOfExperts | LanguageModel:
     r"""Copy a dense feed-forward layer into every expert, under a router drawn at random.
 
-    .. math:: y = \sum_k w_k \, f_{e_k}(x) = f(x) \sum_k w_k = f(x) \quad \text{where} \quad \sum_k w_k = 1
+    .. math:: y = \sum_k w_k \, f_{e_k}(x) = f(x) \sum_k w_k = f(x) \quad \text{where} \quad \sum_k
+        w_k = 1
 
-    So at step 0 the outputs are the dense model's, up to rounding, whatever the router chooses, as long as its weights are
-    normalised and no slot is dropped: with a capacity (or a router that skips slots) a token keeps the share w_k of what stays.
-    Where the weights sum to a routed_scaling_factor gamma, the experts' down_proj is divided by it.
-    Shared experts, if there are any, start with an output of zero. Equal experts also mean that the router's gradient through the
-    output is 0 at first (and stays so for K = 1 with renormalised weights): the experts part before it learns whom to choose.
+    So at step 0 the outputs are the dense model's, up to rounding, whatever the router chooses, as
+    long as its weights are normalised and no slot is dropped: with a capacity (or a router that
+    skips slots) a token keeps the share w_k of what stays. Where the weights sum to a
+    routed_scaling_factor gamma, the experts' down_proj is divided by it. Shared experts, if there
+    are any, start with an output of zero. Equal experts also mean that the router's gradient
+    through the output is 0 at first (and stays so for K = 1 with renormalised weights): the experts
+    part before it learns whom to choose.
 
-    Fine-grained experts: when d_ff of the config is F/m, expert c * m + s gets slice s of the dense layer, with its down_proj times
-    m, and the m experts of a copy c have the same row in the router. They tie, so a token takes whole copies, and the outputs are
-    equal again: the slices of one copy share its weight, sum_s m * (w_c / m) f_s(x) = w_c f(x). E and K must be multiples of m.
+    Fine-grained experts: when d_ff of the config is F/m, expert c * m + s gets slice s of the dense
+    layer, with its down_proj times m, and the m experts of a copy c have the same row in the
+    router. They tie, so a token takes whole copies, and the outputs are equal again: the slices of
+    one copy share its weight, sum_s m * (w_c / m) f_s(x) = w_c f(x). E and K must be multiples of
+    m.
 
     Args:
-        dense: a ``FeedForward``, or a dense ``LanguageModel``, in which every feed-forward layer is replaced.
+        dense: a ``FeedForward``, or a dense ``LanguageModel``, in which every feed-forward layer is
+            replaced.
         config: of the MoE layer or layers; d_model, activation, glu, ... as in the dense layer.
-        noise: breaks the symmetry of the copies: each expert's weights get normal noise with this many times the standard deviation
-            of its own. Outputs are then only about equal. Without it experts part because their tokens differ.
+        noise: breaks the symmetry of the copies: each expert's weights get normal noise with this
+            many times the standard deviation of its own. Outputs are then only about equal. Without
+            it experts part because their tokens differ.
         router_std: of the router's weight, where the router does not prescribe its own start.
         generator: draws router and noise; torch's own if None.
 
     Returns:
-        A ``MixtureOfExperts``, or a ``LanguageModel`` whose other weights are copies; dtype, device and mode of the dense one.
+        A ``MixtureOfExperts``, or a ``LanguageModel`` whose other weights are copies; dtype, device
+        and mode of the dense one.
 
     Raises:
-        ValueError: the weights of the router are not normalised, or it sends tokens to experts that compute nothing; a size or an
-            option of the config is not the dense layer's; the model is not dense; or a number is negative.
+        ValueError: the weights of the router are not normalised, or it sends tokens to experts that
+            compute nothing; a size or an option of the config is not the dense layer's; the model
+            is not dense; or a number is negative.
 
-    Source: Komatsuzaki et al. 2022 (arXiv 2212.05055); the slices as in He et al. 2024 (arXiv 2410.07524), virtual group
-    initialization.
+    Source: Komatsuzaki et al. 2022 (arXiv 2212.05055); the slices as in He et al. 2024 (arXiv
+    2410.07524), virtual group initialization.
     """
     at_least(0, noise=noise, router_std=router_std)
     if isinstance(dense, LanguageModel):
@@ -113,8 +122,8 @@ def _slices(dense: FeedForward, moe: MixtureOfExperts) -> int:
         return m
     if config.router != "topk":
         raise ValueError(
-            f"d_ff={config.d_ff} cuts the dense layer into {m} slices that must be chosen together: only "
-            f"router='topk' does, not {config.router!r}"
+            f"d_ff={config.d_ff} cuts the dense layer into {m} slices that must be chosen "
+            f"together: only router='topk' does, not {config.router!r}"
         )
     group = config.n_experts // moe.router.n_groups
     for name, value in (
@@ -124,13 +133,14 @@ def _slices(dense: FeedForward, moe: MixtureOfExperts) -> int:
     ):
         if value % m:
             raise ValueError(
-                f"{name}={value} must be a multiple of {m}, the slices of d_ff={config.d_ff} in {d_ff}"
+                f"{name}={value} must be a multiple of {m}, the slices of d_ff={config.d_ff} in "
+                f"{d_ff}"
             )
     return m
 
 
 def _sum_of_weights(moe: MixtureOfExperts) -> float:
-    """What the K weights of a token sum to; the router itself is asked, and forward leaves nothing behind."""
+    """What the K weights of a token sum to; the router itself is asked."""
     x = torch.zeros(1, 1, moe.config.d_model, dtype=moe.experts.down_proj.dtype)
     router, routing = moe.router, moe(x, token_ids=torch.zeros(1, 1, dtype=torch.int64))[1]
     problem = None

@@ -1,4 +1,4 @@
-"""Train the language model, in one process or in many: ``python -m moe_tools.pretrain --steps 20 --out runs/first``."""
+"""``python -m moe_tools.pretrain --steps 20 --out runs/first``, alone or under torchrun."""
 
 from .pretrain_config import PretrainConfig
 from .trainer import Trainer

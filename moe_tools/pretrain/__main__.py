@@ -10,7 +10,7 @@ from .training_run import RankLost, init_process_group, pretrain
 
 
 def main() -> int:
-    """Exit status 0; 1 with one line that says why."""
+    """Exit status 0, 1 where nothing fits, 2 where an option is wrong; errors are a line."""
     config, resume = from_command_line()
     heartbeat = init_process_group(config) if "RANK" in os.environ else None
     try:

@@ -1,7 +1,8 @@
-"""Checkpoints that know experts and not ranks, so that a run goes on at another world size, with another placement, or in one process.
+"""Checkpoints that know experts and not ranks: a run goes on at another world size.
 
-torch.distributed.checkpoint writes them, as safetensors. What FSDP2 shards is stored as slices of whole tensors; of a bank every expert is
-an entry of its own, written by a rank that holds it. A checkpoint is written beside its place and moved there when it is whole.
+torch.distributed.checkpoint writes them, as safetensors. What FSDP2 shards is stored as slices of
+whole tensors; of a bank every expert is an entry of its own, written by a rank that holds it. A
+checkpoint is written beside its place and moved there when it is whole.
 """
 
 import json
@@ -29,13 +30,16 @@ class BrokenCheckpoint(RuntimeError):
 
 
 def tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Name -> tensor of all that training changes: parameters, persistent buffers, and AdamW's two moments of each parameter.
+    """Name -> tensor: parameters, persistent buffers, and AdamW's moments.
 
-    The tensors are those in use or views of them, so loading writes into the model. Moments that do not exist yet are made, as zeros.
+    The tensors are those in use or views of them, so loading writes into the model. Moments that do
+    not exist yet are made, as zeros.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward without backward, gathered parameters still stand in for the sharded ones
+            # after a forward without backward, gathered parameters still stand in for the sharded
+            # ones
+            module.reshard()
     owned = {
         id(parameter): bank.owned
         for bank in model.modules()
@@ -104,7 +108,7 @@ def save(
 
 
 def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Fill a model and its optimiser from a checkpoint, of whatever number of ranks; every rank calls it.
+    """Fill model and optimiser from a checkpoint of any world size; every rank calls it.
 
     Returns:
         {"step": ..., "notes": {...}} as saved.
@@ -124,7 +128,8 @@ def check(path: str | Path) -> dict:
     """The record of a whole checkpoint.
 
     Raises:
-        BrokenCheckpoint: the record or a file is missing, shorter than it was, or holds other bytes.
+        BrokenCheckpoint: the record or a file is missing, shorter than it was, or holds other
+            bytes.
     """
     path = Path(path)
     try:
@@ -133,7 +138,8 @@ def check(path: str | Path) -> dict:
             found = (path / name).stat().st_size
             if found != size:
                 raise BrokenCheckpoint(
-                    f"checkpoint {path} is broken: {name} has {found} bytes, was written with {size}"
+                    f"checkpoint {path} is broken: {name} has {found} bytes, was written with "
+                    f"{size}"
                 )
             if _checksum(path / name) != checksum:
                 raise BrokenCheckpoint(
@@ -145,7 +151,7 @@ def check(path: str | Path) -> dict:
 
 
 def newest(folder: str | Path) -> Path | None:
-    """The last whole checkpoint in a folder, None where there is none; a broken one is passed over with a warning.
+    """The last whole checkpoint in a folder, or None; broken ones warn and are skipped.
 
     Rank 0 decides for all.
     """

@@ -1,4 +1,4 @@
-"""Who is still there: every rank counts up in a store that all can read; who stops, without goodbye, is missing.
+"""Who is still there: every rank counts up in a store that all can read.
 
 torch names the wrong rank or none (tried with 2.13, gloo, three ranks). After a collective failed,
 monitored_barrier fails on the same connections; on a group of its own, rank 0 names a rank that
@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 
 class Heartbeat:
-    """A thread that beats once a second until ``leave``. A rank that waits for others in a collective still beats; one that died or hangs does not.
+    """A thread that beats once a second until ``leave``.
+
+    A rank that waits for others in a collective still beats; one that died or hangs does not.
 
     Args:
         store: by which the process group met.
@@ -44,7 +46,8 @@ class Heartbeat:
         """The ranks that do not beat during three seconds and have not left.
 
         Raises:
-            RuntimeError: the store cannot be reached; it lives in the process of rank 0, or of torchrun.
+            RuntimeError: the store cannot be reached; it lives in the process of rank 0, or of
+                torchrun.
         """
         before = self._beats()
         time.sleep(3 * self.EVERY)

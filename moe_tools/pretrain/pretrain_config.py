@@ -20,7 +20,9 @@ def _option(default, text: str):
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """A training run. The field's metadata says what each means; it is also the help of the command line.
+    """A training run.
+
+    The field's metadata says what each means; it is also the help of the command line.
 
     Raises:
         ValueError: a value is out of range, or two do not go together.
@@ -59,7 +61,10 @@ class PretrainConfig:
     moe: dict = field(
         default_factory=dict,
         metadata={
-            "help": 'anything else of MoEConfig, as JSON: \'{"capacity_factor": 1.25, "router_options": {...}}\''
+            "help": (
+                'anything else of MoEConfig, as JSON: \'{"capacity_factor": 1.25,'
+                ' "router_options": {...}}\''
+            )
         },
     )
     global_balance: bool = _option(
@@ -117,11 +122,13 @@ class PretrainConfig:
             )
         if (self.n_experts + self.replicas) % self.ep_size:
             raise ValueError(
-                f"ep_size={self.ep_size} must divide n_experts + replicas = {self.n_experts + self.replicas}"
+                f"ep_size={self.ep_size} must divide n_experts + replicas = "
+                f"{self.n_experts + self.replicas}"
             )
         if not self.model().moe.aux_loss_weight and self.global_balance:
             raise ValueError(
-                f"global_balance=True needs a balance loss: aux_loss_weight above 0, with a router that has one, not {self.router!r}"
+                "global_balance=True needs a balance loss: aux_loss_weight above 0, with a router "
+                f"that has one, not {self.router!r}"
             )
 
     def model(self) -> LMConfig:
@@ -141,7 +148,8 @@ class PretrainConfig:
         twice = sorted(set(fields) & set(self.moe))
         if twice:
             raise ValueError(
-                f"moe={self.moe!r} must not hold {', '.join(twice)}: give it as an option of its own"
+                f"moe={self.moe!r} must not hold {', '.join(twice)}: give it as an option of "
+                "its own"
             )
         if weight is None:  # as the router has it
             del fields["aux_loss_weight"]
@@ -163,7 +171,8 @@ class PretrainConfig:
         size = self.micro_batch_size or self.batch_size // world_size
         if size == 0 or self.batch_size % (size * world_size):
             raise ValueError(
-                f"batch_size={self.batch_size} must be a multiple of micro_batch_size={size} times {world_size} ranks"
+                f"batch_size={self.batch_size} must be a multiple of micro_batch_size={size} times "
+                f"{world_size} ranks"
             )
         return self.batch_size // (size * world_size), size
 
@@ -173,12 +182,16 @@ class PretrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict) -> "PretrainConfig":
-        """The inverse of ``to_dict``. Raises ValueError for a key that is not a field, or a value of the wrong type."""
+        """The inverse of ``to_dict``.
+
+        Raises ValueError for a key that is not a field, or a value of the wrong type.
+        """
         known = {f.name: f for f in fields(cls)}
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(
-                f"unknown keys in PretrainConfig: {', '.join(unknown)}; known are {', '.join(known)}"
+                f"unknown keys in PretrainConfig: {', '.join(unknown)}; known are "
+                f"{', '.join(known)}"
             )
         for name, value in values.items():
             wanted = _plain_type(known[name])
@@ -191,7 +204,7 @@ class PretrainConfig:
 
 
 def from_command_line(argv: list[str] | None = None) -> tuple[PretrainConfig, bool]:
-    """The config of a command line, and whether to resume: the defaults, then the file of --config, then the flags.
+    """The config, and whether to resume: the defaults, then --config, then the flags.
 
     Ends the program with the reason (exit status 2) where a flag, a key or a value is wrong.
     """
@@ -200,7 +213,10 @@ def from_command_line(argv: list[str] | None = None) -> tuple[PretrainConfig, bo
         description="Train an MoE language model, in one process or under torchrun.",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="torchrun --standalone --nproc-per-node 2 -m moe_tools.pretrain --ep-size 2 --steps 20 --out runs/second",
+        epilog=(
+            "torchrun --standalone --nproc-per-node 2 -m moe_tools.pretrain --ep-size 2 --steps 20 "
+            "--out runs/second"
+        ),
     )
     parser.add_argument(
         "--config",
@@ -230,9 +246,12 @@ def from_command_line(argv: list[str] | None = None) -> tuple[PretrainConfig, bo
     file, resume = flags.pop("config"), flags.pop("resume")
     try:
         values = _read(file) if file else {}
-        return PretrainConfig.from_dict(
-            values | {name: value for name, value in flags.items() if value is not None}
-        ), resume
+        return (
+            PretrainConfig.from_dict(
+                values | {name: value for name, value in flags.items() if value is not None}
+            ),
+            resume,
+        )
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

@@ -1,8 +1,9 @@
 """Gradients and optimiser state when every rank owns a part of the model.
 
-A rank's loss is the mean over its own tokens; the loss of the step is the mean over ranks. FSDP2 averages the gradients of what it shards. An
-expert's gradient needs more care: through the exchange it holds the sum over the ranks of its expert-parallel group already, so it is
-summed over the other groups only, and divided by all ranks, not by the number of groups (torchtitan #1551).
+A rank's loss is the mean over its own tokens; the loss of the step is the mean over ranks. FSDP2
+averages the gradients of what it shards. An expert's gradient needs more care: through the exchange
+it holds the sum over the ranks of its expert-parallel group already, so it is summed over the other
+groups only, and divided by all ranks, not by the number of groups (torchtitan #1551).
 """
 
 import torch
@@ -15,7 +16,7 @@ from .topology import Topology, expert_parameters
 
 @torch.no_grad()
 def finish_expert_gradients(model: nn.Module, topology: Topology) -> None:
-    """From what backward left on each rank to the gradient of the mean loss; every rank calls it, once per optimiser step."""
+    """From what backward left to the gradient of the mean loss; every rank calls it once."""
     dp_group, ep_group = topology.mesh.get_group("dp"), topology.mesh.get_group("ep")
     for parameter, shard in expert_parameters(model):
         if parameter.grad is None:
@@ -36,9 +37,10 @@ def finish_expert_gradients(model: nn.Module, topology: Topology) -> None:
 
 @torch.no_grad()
 def clip_gradients(model: nn.Module, max_norm: float, topology: Topology | None = None) -> Tensor:
-    """Scale all gradients so that their norm over the whole model, on whatever rank, is at most ``max_norm``.
+    """Scale all gradients so that their norm over all ranks is at most ``max_norm``.
 
-    Returns the norm before, a scalar, the same on every rank. As torch.nn.utils.clip_grad_norm_, which knows one mesh at a time.
+    Returns the norm before, a scalar, the same on every rank. As torch.nn.utils.clip_grad_norm_,
+    which knows one mesh at a time.
     """
     if topology is None:
         return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -75,7 +77,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.95),
     weight_decay: float = 0.1,
 ) -> torch.optim.AdamW:
-    """AdamW whose state lies where the parameters lie: one world-th of the replicated part's, and of the experts only the owner's."""
+    """AdamW whose state lies where the parameters lie."""
     experts = {id(parameter) for parameter, _ in expert_parameters(model)}
     groups = [
         [p for p in model.parameters() if (id(p) in experts) == owned] for owned in (False, True)

@@ -13,7 +13,7 @@ from ..diagnosis.log_records import StepCosts
 
 
 class ClockedExchange(TorchExchange):
-    """Adds up the ``seconds`` spent in ``move``, forward and backward, waiting for other ranks included."""
+    """Adds up the ``seconds`` spent in ``move``, waiting for other ranks included."""
 
     seconds = 0.0
 
@@ -26,7 +26,7 @@ class ClockedExchange(TorchExchange):
 
 
 def rank_rows(placements: Sequence[Placement], kept_LE: Sequence[Sequence[int]]) -> list[float]:
-    """(R,) rows that the experts of each rank computed, over all layers; copies of an expert share its rows alike."""
+    """(R,) rows of each rank's experts, over all layers; copies share rows alike."""
     rows_R = [0.0] * placements[0].n_ranks
     for placement, kept_E in zip(placements, kept_LE):
         for rank, experts in enumerate(placement.experts_of_rank):
@@ -43,8 +43,8 @@ def step_costs(
 ) -> StepCosts:
     """The costs of the step since ``reset``.
 
-    A GPU works on while the host goes ahead, so there the clock of an exchange tells nothing; on a CPU memory is
-    not one process's alone.
+    A GPU works on while the host goes ahead, so there the clock of an exchange tells nothing; on a
+    CPU memory is not one process's alone.
     """
     on_gpu, costs = device.type == "cuda", StepCosts(step_seconds=step_seconds)
     if shards and shards[0].placement.n_ranks > 1:

@@ -1,7 +1,8 @@
-"""Topology: data parallel x expert parallel over a DeviceMesh, and what each parameter becomes on it.
+"""Data parallel x expert parallel over a DeviceMesh, and what parameters become on it.
 
-Every rank reads its own tokens. R = ep_size neighbouring ranks hold the experts once between them; world / R such groups hold the same.
-What is not an expert is needed by all: FSDP2 keeps one world-th of it on each rank and gathers it where it is used.
+Every rank reads its own tokens. R = ep_size neighbouring ranks hold the experts once between them;
+world / R such groups hold the same. What is not an expert is needed by all: FSDP2 keeps one
+world-th of it on each rank and gathers it where it is used.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ class Topology:
     """Who is who. Made by ``Topology.make``.
 
     Attributes:
-        mesh: (world / ep_size, ep_size) ranks, dims "dp" and "ep"; neighbours share a node, so they are the expert-parallel ones.
+        mesh: (world / ep_size, ep_size) ranks, dims "dp" and "ep"; neighbours share a node, so they
+            are the expert-parallel ones.
         world_mesh: all ranks in one dim, over which FSDP2 shards what is replicated.
     """
 
@@ -48,7 +50,8 @@ class Topology:
         """
         if not dist.is_initialized():
             raise RuntimeError(
-                "a Topology needs torch.distributed: start under torchrun, or call init_process_group first"
+                "a Topology needs torch.distributed: start under torchrun, or call "
+                "init_process_group first"
             )
         whole(1, ep_size=ep_size)
         world = dist.get_world_size()
@@ -74,11 +77,15 @@ class Topology:
         return self.world_mesh.size()
 
     def shard(self, placement: Placement) -> ExpertShard:
-        """This rank's part of the experts. Raises ValueError where the placement is for another number of ranks."""
+        """This rank's part of the experts.
+
+        Raises ValueError where the placement is for another number of ranks.
+        """
         exchange = ClockedExchange(self.mesh.get_group("ep"))
         if placement.n_ranks != exchange.n_ranks:
             raise ValueError(
-                f"the placement is for {placement.n_ranks} ranks, must be for ep_size={exchange.n_ranks}"
+                f"the placement is for {placement.n_ranks} ranks, must be for "
+                f"ep_size={exchange.n_ranks}"
             )
         return ExpertShard(placement, exchange.rank, exchange)
 
@@ -94,7 +101,10 @@ def expert_parameters(model: nn.Module) -> list[tuple[nn.Parameter, ExpertShard]
 
 
 def shard_replicated(model: nn.Module, topology: Topology) -> nn.Module:
-    """FSDP2's ``fully_shard`` on every block and on the rest, all but the experts. Changes the model and returns it."""
+    """FSDP2's ``fully_shard`` on every block and on the rest, all but the experts.
+
+    Changes the model and returns it.
+    """
     experts = {parameter for parameter, _ in expert_parameters(model)}
     for block in model.blocks:
         fully_shard(block, mesh=topology.world_mesh, ignored_params=experts)

@@ -1,4 +1,4 @@
-"""One rank's part of a training run, the same for one process and for many: the model, a step, the held-out loss."""
+"""One rank's part of a training run: the model, a step, the held-out loss."""
 
 import json
 import math
@@ -36,10 +36,12 @@ class Trainer:
     Attributes:
         model, optimizer: this rank's part. step: optimiser steps done.
         routing_log: of this rank's first micro-batches, each in training and in eval mode.
-        topology: None in one process. shards: for each layer which experts live here; empty in one process.
+        topology: None in one process. shards: for each layer which experts live here; empty in one
+            process.
 
     Raises:
-        ValueError: the config does not fit the number of processes, or the ranks were given different configs.
+        ValueError: the config does not fit the number of processes, or the ranks were given
+            different configs.
     """
 
     def __init__(self, config: PretrainConfig):
@@ -60,8 +62,9 @@ class Trainer:
             self.shards = [self.topology.shard(placement) for placement in placements(config)]
         elif config.ep_size > 1:
             raise ValueError(
-                f"ep_size={config.ep_size} needs {config.ep_size} processes: torchrun --standalone --nproc-per-node "
-                f"{config.ep_size} -m moe_tools.pretrain --ep-size {config.ep_size} ..."
+                f"ep_size={config.ep_size} needs {config.ep_size} processes: torchrun --standalone "
+                f"--nproc-per-node {config.ep_size} -m moe_tools.pretrain --ep-size "
+                f"{config.ep_size} ..."
             )
         self.text = corpus.load(config.text)
         torch.manual_seed(config.seed)
@@ -83,7 +86,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.model.train()
-        # Noise depends on the step and the rank alone, so a run that goes on from a checkpoint draws what it would have drawn.
+        # Noise depends on the step and the rank alone, so a run that goes on from a checkpoint
+        # draws what it would have drawn.
         torch.manual_seed(_seed(config.seed, self.step, self.rank))
         self.optimizer.zero_grad(set_to_none=True)
         means, first_loss, routings = self._backward(self._batch("train", self.step))
@@ -100,9 +104,11 @@ class Trainer:
             routings[0],
             loss=first_loss,
             padding_mask=torch.ones_like(routings[0][0].real_tokens),  # text has no padding
-            costs=step_costs.step_costs(seconds, self.shards, kept_LE.tolist(), self.device)
-            if logged
-            else None,
+            costs=(
+                step_costs.step_costs(seconds, self.shards, kept_LE.tolist(), self.device)
+                if logged
+                else None
+            ),
         )
         return {
             "step": self.step,
@@ -117,7 +123,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Held-out loss in nats per byte, always over the same windows, shared out over the ranks."""
+        """Held-out loss in nats per byte, over the same windows, shared out over the ranks."""
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index in range(EVAL_BATCHES):
@@ -129,7 +135,7 @@ class Trainer:
 
     @torch.no_grad()
     def _log_eval_mode(self) -> None:
-        """What eval mode makes of the batch that training is about to learn from: a gap is the mode's doing."""
+        """Log the batch that comes in eval mode: where the loss differs, the mode does."""
         self.model.eval()
         tokens = next(self._batch("train", self.step))
         logits, routings = self._forward(tokens)
@@ -140,7 +146,7 @@ class Trainer:
         return bool(sum_over_ranks(torch.tensor(int(flag), device=self.device)))
 
     def _batch(self, split: str, index: int) -> Iterator[Tensor]:
-        """This rank's micro-batches (B, N) of one step: slices of a batch that depends on the seed and the step alone."""
+        """This rank's micro-batches (B, N); they depend on the seed and the step alone."""
         seed = _seed(self.config.seed, index) if split == "train" else _seed("held-out", index)
         generator = torch.Generator().manual_seed(seed)
         tokens, _ = self.text.batch(
@@ -244,7 +250,7 @@ def _seed(*parts) -> int:
 
 
 def _same_everywhere(config: PretrainConfig) -> None:
-    """Raise ValueError on every rank when one of them was given another config: shapes would not fit, and some rank would wait forever."""
+    """Raise ValueError where ranks were given different configs: some would wait forever."""
     mine = torch.tensor(
         _seed({**config.to_dict(), "out": None}),
         device="cuda" if dist.get_backend() == "nccl" else "cpu",

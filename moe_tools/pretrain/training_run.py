@@ -1,4 +1,4 @@
-"""A training run from start to end: progress, log, checkpoints, and a clean end when it is told to stop or a rank is gone."""
+"""A training run from start to end: progress, log, checkpoints, and a clean end."""
 
 import json
 import signal
@@ -21,7 +21,10 @@ ENOUGH = 5  # logged steps, one in twenty: fewer say more about the start than a
 
 
 class RankLost(RuntimeError):
-    """The ranks cannot go on together; the message names those that are missing or have ended, the step and the last checkpoint."""
+    """The ranks cannot go on together.
+
+    The message names those that are missing or have ended, the step and the last checkpoint.
+    """
 
 
 def pretrain(
@@ -29,9 +32,10 @@ def pretrain(
 ) -> Path:
     """Train, log and save. Under torch.distributed every rank calls it.
 
-    Writes to ``config.out``: config.json, log.jsonl (one line a step: loss and aux_loss in nats per byte, lr, grad_norm, max_violation and
-    drop_rate by layer, tokens, seconds; valid_loss where it was measured), checkpoints/, and after a hundred steps routing_log.json,
-    from which it says at the end what looks ill (``diagnosis.diagnose``).
+    Writes to ``config.out``: config.json, log.jsonl (one line a step: loss and aux_loss in nats per
+    byte, lr, grad_norm, max_violation and drop_rate by layer, tokens, seconds; valid_loss where it
+    was measured), checkpoints/, and after a hundred steps routing_log.json, from which it says at
+    the end what looks ill (``diagnosis.diagnose``).
 
     Args:
         resume: go on from the last whole checkpoint; a new run where there is none.
@@ -82,7 +86,7 @@ def _steps(trainer: Trainer, log: "_Log", folder: Path, told: list) -> Path:
 
 
 class _Log:
-    """config.json, log.jsonl and the progress bar, all of rank 0; and the place where a run is resumed."""
+    """Rank 0's config.json, log.jsonl and progress bar; and where a run is resumed."""
 
     def __init__(self, out: Path, trainer: Trainer, resume: bool):
         self.out, config, folder = out, trainer.config, out / "checkpoints"
@@ -113,8 +117,9 @@ class _Log:
         self.bar = tqdm(total=config.steps, initial=trainer.step, unit="step", mininterval=0.5)
         parameters = sum(local(p).numel() for p in trainer.model.parameters())
         self.say(
-            f"{trainer.world} process{'es' * (trainer.world > 1)}, ep_size {config.ep_size}, {trainer.device.type}, "
-            f"{parameters:,} parameters on this rank" + (f", resumed from {last}" if last else "")
+            f"{trainer.world} process{'es' * (trainer.world > 1)}, ep_size {config.ep_size}, "
+            f"{trainer.device.type}, {parameters:,} parameters on this rank"
+            + (f", resumed from {last}" if last else "")
         )
 
     def write(self, record: dict) -> None:
@@ -137,7 +142,7 @@ class _Log:
             self.bar.write(text)
 
     def diagnose(self, routing_log: RoutingLog) -> None:
-        """Say what looks ill, once enough was logged since the start to tell; keep what that rests on."""
+        """Say what looks ill, once enough was logged to tell, and keep the log."""
         if self.file is not None and len(routing_log.training) >= ENOUGH:
             (self.out / "routing_log.json").write_text(json.dumps(routing_log.to_dict()) + "\n")
             self.say(str(diagnosis.diagnose(routing_log)))

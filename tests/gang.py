@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 # Seconds until a program that does not come back is given up, and after another rank failed: limits for what hangs, not measures of speed.
 PATIENCE, GRACE = 600, 5
+NAME = "gang"  # of these processes, which live as long as the tests
 
 
 class Gang:
@@ -27,13 +28,21 @@ class Gang:
         self.n_ranks = n_ranks
         self.closed = False
         self._folder = tempfile.TemporaryDirectory()
-        context = get_context("spawn")
+        context, threads = get_context("spawn"), torch.get_num_threads()
         self._pipes, self._processes = [], []
         for rank in range(n_ranks):
             here, there = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, n_ranks, str(Path(self._folder.name) / "store"), timeout, there),
+                name=f"{NAME} {rank}",
+                args=(
+                    rank,
+                    n_ranks,
+                    str(Path(self._folder.name) / "store"),
+                    timeout,
+                    there,
+                    threads,
+                ),
                 daemon=True,
             )
             process.start()
@@ -86,9 +95,11 @@ class Gang:
         self._folder.cleanup()
 
 
-def _serve(rank: int, n_ranks: int, store: str, timeout: float, pipe) -> None:
+def _serve(rank: int, n_ranks: int, store: str, timeout: float, pipe, threads: int) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"
-    torch.set_num_threads(1)
+    torch.set_num_threads(
+        threads
+    )  # as many as the test has: sums over threads are in another order
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, n_ranks),

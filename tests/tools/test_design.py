@@ -561,7 +561,7 @@ def test_whatever_the_budget_a_design_keeps_to_it_or_says_what_would_do(
     assert 0 <= plan.exchange_share < 1 and (plan.exchange_share == 0) == (plan.ep == 1)
     if sparsity is not None:
         off = spec.total_params / (sparsity * active) - 1
-        # 700 random budgets above 5e8 were within 11 %; below, width comes in steps that move the total by up to twice
+        # in 850 random budgets none from 5e8 up was off by more than 11 %, below by up to 1.45 times what was asked
         assert abs(off) <= (0.2 if active >= 5e8 else 2) and spec.total_params > active
         assert abs(off) <= 0.02 or f"total is {off:+.1%} from what was asked" in made.markdown()
     if top_k is None and tokens_to_reach(

@@ -10,6 +10,8 @@ from moe_core import MixtureOfExperts
 from .helpers import close, config, randn, seeded
 
 pytestmark = pytest.mark.own_bits
+# What torch generates it compiles with its own folder on the command line, and does not quote it.
+BACKEND = "aot_eager" if " " in torch.__path__[0] else "inductor"
 
 
 def step(call, moe, x):
@@ -38,7 +40,7 @@ def forget_what_was_compiled():
 )
 def test_the_compiled_layer_is_one_graph_with_equal_numbers(options):
     moe, x = seeded(MixtureOfExperts, config(aux_loss_weight=0.01, **options)), randn(2, 6, 8)
-    graphs = CompileCounterWithBackend("inductor")
+    graphs = CompileCounterWithBackend(BACKEND)
     compiled = torch.compile(moe, fullgraph=True, backend=graphs)
     for a, b in zip(step(compiled, moe, x), step(moe, moe, x)):
         assert close(a, b)

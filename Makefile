@@ -20,7 +20,7 @@ help: ## list the targets
 book: build ## build the book and serve it at http://127.0.0.1:8000 (SERVE=0 only builds, PORT= another port)
 	@if [ "$(SERVE)" != 0 ]; then exec $(PY) book/tools/serve.py $(HTML) $(PORT); fi
 
-test: build browser ## run everything: unit tests, every notebook, the browser tests; (WORKERS=8 on 8 cores)
+test: build browser ## run everything: unit tests, every notebook, the browser tests (WORKERS=8 on 8 cores)
 	@$(PY) -m pytest $(NBVAL) $(SPREAD) tests book/chapters book/solutions
 
 # What is left out of the core here starts processes or a compiler.

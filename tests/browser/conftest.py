@@ -50,10 +50,11 @@ def pytest_generate_tests(metafunc):
         marker = metafunc.definition.get_closest_marker("pages_with")
         pages = [page for page in toc_pages() if marker is None or marker.args[0] in source(page)]
         assert pages, f"no page holds {marker.args[0]!r}"
+        # The tests of a page run on one worker, which keeps it open for those that only look.
         metafunc.parametrize(
             "page_name",
-            pages,
-            ids=lambda name: name.removeprefix("book/").removeprefix("chapters/"),
+            [pytest.param(page, marks=pytest.mark.xdist_group(page)) for page in pages],
+            ids=[page.removeprefix("book/").removeprefix("chapters/") for page in pages],
         )
 
 
@@ -132,6 +133,17 @@ class Visit:
         return found
 
 
+def _visit(browser, site, page_name, still_clock=False, **options) -> Visit:
+    path = site / f"{page_name}.html"
+    assert path.exists(), f"{page_name} is in the table of contents, but not in the built book"
+    options = {"viewport": {"width": 1280, "height": 900}, "offline": True, **options}
+    context = browser.new_context(**options)
+    context.set_default_timeout(PATIENCE)
+    if still_clock:
+        context.clock.install()
+    return Visit(context, path)
+
+
 @pytest.fixture
 def visit(browser, site, page_name):
     """visit(**context options) opens the page under test and returns a Visit.
@@ -141,17 +153,8 @@ def visit(browser, site, page_name):
     contexts = []
 
     def go(still_clock=False, **options) -> Visit:
-        contexts.append(
-            browser.new_context(
-                **{"viewport": {"width": 1280, "height": 900}, "offline": True, **options}
-            )
-        )
-        contexts[-1].set_default_timeout(PATIENCE)
-        if still_clock:
-            contexts[-1].clock.install()
-        path = site / f"{page_name}.html"
-        assert path.exists(), f"{page_name} is in the table of contents, but not in the built book"
-        seen = Visit(contexts[-1], path)
+        seen = _visit(browser, site, page_name, still_clock, **options)
+        contexts.append(seen.page.context)
         if still_clock:
             seen.explorers()  # drawn while time passes
             seen.page.clock.pause_at(seen.page.evaluate("Date.now() / 1000 + 1"))
@@ -160,6 +163,26 @@ def visit(browser, site, page_name):
     yield go
     for context in contexts:
         context.close()
+
+
+@pytest.fixture(scope="session")
+def _opened():
+    opened = {}
+    yield opened
+    for seen in opened.values():
+        seen.page.context.close()
+
+
+@pytest.fixture
+def seen(browser, site, page_name, _opened) -> Visit:
+    """The page under test, opened once for the tests that look at it; they leave it as it was, in light colours."""
+    if page_name not in _opened:
+        for seen in _opened.values():
+            seen.page.context.close()
+        _opened.clear()
+        _opened[page_name] = _visit(browser, site, page_name)
+        _opened[page_name].explorers()
+    return _opened[page_name]
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 Three domains, so that one can see whether experts specialise: English (the language reference in
 ``pydoc_data``), Python (the standard library) and C (CPython's headers, where they are installed).
-Tokens are bytes.
+Tokens are bytes. Another Python holds another text: ``Corpus.sha256`` tells them apart.
 """
 
+import hashlib
 import sysconfig
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,19 +17,36 @@ from torch import Tensor
 VOCAB_SIZE = 256
 # per domain: enough for a small model not to see a batch twice, small enough to read in a blink
 _DOMAIN_BYTES = 600_000
+# Of ten blocks in a row the last is held out. Long enough for a window, short enough for the blocks
+# of a domain, some 50, to hold the same mixture as the text around them.
+_BLOCK = 1024
+SPLITS = ("train", "valid", "shifted")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text as bytes, split into training and held-out parts.
+    """Text as bytes, in pieces that no window crosses.
 
     Attributes:
-        train, valid: domain name -> (length,) uint8 tensor. The held-out part is the last tenth of
-            each domain.
+        train, valid: domain name -> (pieces, length) uint8 tensor. The first nine tenths of a
+            domain, cut into blocks: every tenth block is held out, so both have one mixture.
+        shifted: domain name -> (1, length): the last tenth, held out too, and of another mixture
+            (the last modules of a library are not like the others).
     """
 
     train: dict[str, Tensor]
     valid: dict[str, Tensor]
+    shifted: dict[str, Tensor]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of all bytes and where they are cut: two corpora with the same are the same."""
+        sum_ = hashlib.sha256()
+        for split in SPLITS:
+            for name, pieces in getattr(self, split).items():
+                sum_.update(f"{split} {name} {tuple(pieces.shape)}".encode())
+                sum_.update(pieces.numpy().tobytes())
+        return sum_.hexdigest()
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -48,25 +67,25 @@ class Corpus:
         Args:
             batch_size, seq_len: B and N.
             generator: source of randomness; torch's default when None.
-            split: "train" or "valid".
+            split: "train", "valid" or "shifted".
             domain: only this one; None draws each row's domain evenly.
 
         Returns:
             tokens (B, N) int64 in [0, 256), and labels (B,) int64, the index of each row's domain.
 
         Raises:
-            ValueError: split or domain is unknown, or seq_len is longer than a domain's text.
+            ValueError: split or domain is unknown, or seq_len is longer than a domain's pieces.
         """
-        if split not in ("train", "valid"):
-            raise ValueError(f"split={split!r} must be 'train' or 'valid'")
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r} must be one of {SPLITS}")
         if domain is not None and domain not in self.domains:
             raise ValueError(f"domain={domain!r} must be one of {self.domains}")
-        texts = list((self.train if split == "train" else self.valid).values())
-        shortest = min(len(text) for text in texts)
+        texts = list(getattr(self, split).values())
+        shortest = min(pieces.shape[1] for pieces in texts)
         if seq_len > shortest:
             raise ValueError(
-                f"seq_len={seq_len} must be at most {shortest}, the length of the shortest {split} "
-                "text"
+                f"seq_len={seq_len} must be at most {shortest}, the length of the shortest piece "
+                f"of {split} text"
             )
         if domain is None:
             labels_B = torch.randint(len(texts), (batch_size,), generator=generator)
@@ -74,8 +93,11 @@ class Corpus:
             labels_B = torch.full((batch_size,), self.domains.index(domain))
         rows = []
         for label in labels_B.tolist():
-            start = int(torch.randint(len(texts[label]) - seq_len + 1, (1,), generator=generator))
-            rows.append(texts[label][start : start + seq_len])
+            pieces = texts[label]
+            starts = pieces.shape[1] - seq_len + 1  # of windows within a piece
+            drawn = int(torch.randint(len(pieces) * starts, (1,), generator=generator))
+            piece, start = divmod(drawn, starts)
+            rows.append(pieces[piece, start : start + seq_len])
         return torch.stack(rows).long(), labels_B
 
 
@@ -117,14 +139,18 @@ def from_texts(texts: dict[str, bytes]) -> Corpus:
 
     Raises ValueError when a domain has fewer than 1000 bytes.
     """
-    train, valid = {}, {}
+    train, valid, shifted = {}, {}, {}
     for name, text in texts.items():
         if len(text) < 1000:
             raise ValueError(f"text {name!r} has {len(text)} bytes, must have at least 1000")
         tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         cut = len(tokens) * 9 // 10
-        train[name], valid[name] = tokens[:cut], tokens[cut:]
-    return Corpus(train, valid)
+        tens = max(1, cut // (10 * _BLOCK))  # of blocks; a few bytes are left over
+        tens = tokens[: cut // (10 * tens) * (10 * tens)].view(tens, -1)
+        block = tens.shape[1] // 10
+        train[name], valid[name] = tens[:, :-block].clone(), tens[:, -block:].clone()
+        shifted[name] = tokens[cut:].clone().unsqueeze(0)
+    return Corpus(train, valid, shifted)
 
 
 def decode(tokens: Tensor) -> str:

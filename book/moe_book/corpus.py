@@ -1,5 +1,5 @@
-"""The corpus of the chapters; it lives in ``moe_core.corpus``, so that the core's benches can read it too."""
+"""The corpus of the chapters; it lives in ``moe_tools.corpus``, so that the tools can read it too."""
 
-from moe_tools.corpus import VOCAB_SIZE, Corpus, decode, from_texts, load
+from moe_tools.corpus import SPLITS, VOCAB_SIZE, Corpus, decode, from_texts, load
 
-__all__ = ["VOCAB_SIZE", "Corpus", "decode", "from_texts", "load"]
+__all__ = ["SPLITS", "VOCAB_SIZE", "Corpus", "decode", "from_texts", "load"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from moe_tools.corpus import Corpus
 from moe_tools.machine import machine
 
 FOLDER = Path(__file__).resolve().parent.parent / "runs"
@@ -32,8 +33,13 @@ def sweep(run, arms, seeds: list[int], *args) -> dict[str, list]:
     return results
 
 
-def save(name: str, *, config: dict, seeds: list[int], results: dict) -> Path:
+def save(
+    name: str, *, config: dict, seeds: list[int], results: dict, text: Corpus | None = None
+) -> Path:
     """Write ``book/runs/NAME.json`` with the circumstances of the run; the results as ``rounded`` gives them.
+
+    Args:
+        text: what was trained or measured on, if anything: the record keeps its hash and size.
 
     Raises:
         ValueError: fewer than three seeds, too few to show a band; or a number is not finite.
@@ -45,6 +51,7 @@ def save(name: str, *, config: dict, seeds: list[int], results: dict) -> Path:
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__.split("+")[0]},
         "machine": machine(),
+        "text": text and text_of(text),
         "config": config,
         "seeds": seeds,
         "results": rounded(results),
@@ -56,6 +63,14 @@ def save(name: str, *, config: dict, seeds: list[int], results: dict) -> Path:
     )  # a list of numbers, a line
     path.write_text(text + "\n")
     return path
+
+
+def text_of(text: Corpus) -> dict:
+    """What a stored run keeps of its text: the first 16 digits of its hash, and each domain's bytes for training."""
+    return {
+        "sha256": text.sha256[:16],
+        "bytes": {name: pieces.numel() for name, pieces in text.train.items()},
+    }
 
 
 def load(name: str) -> dict:

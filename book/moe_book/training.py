@@ -59,15 +59,16 @@ def evaluate(
     batch_size: int = 16,
     seq_len: int = 128,
     domain: str | None = None,
+    split: str = "valid",
 ) -> float:
-    """Mean cross-entropy on held-out text, in nats per byte, always over the same windows."""
+    """Mean cross-entropy on held-out text, in nats per byte, always over the same windows; split="shifted" for another mixture."""
     device, was_training = next(model.parameters()).device, model.training
     generator = torch.Generator().manual_seed(12345)
     model.eval()
     losses = []
     for _ in range(batches):
         tokens, _labels = corpus.batch(
-            batch_size, seq_len, generator=generator, split="valid", domain=domain
+            batch_size, seq_len, generator=generator, split=split, domain=domain
         )
         tokens = tokens.to(device)
         losses.append(float(next_token_loss(model(tokens)[0], tokens)))

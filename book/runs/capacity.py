@@ -88,14 +88,14 @@ def run(name: str, seed: int, text: corpus.Corpus) -> dict:
 
 
 def main() -> None:
-    results = runs.sweep(run, ARMS, SEEDS, corpus.load())
+    results = runs.sweep(run, ARMS, SEEDS, (text := corpus.load()))
     config = {
         **CONFIG,
         "arms": {name: list(arm) for name, arm in ARMS.items()},
         "every": EVERY,
         "eval_factors": EVAL_FACTORS,
     }
-    print(runs.save("capacity", config=config, seeds=SEEDS, results=results))
+    print(runs.save("capacity", text=text, config=config, seeds=SEEDS, results=results))
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def main() -> None:
         "domains": list(text.domains),
         "claims": CLAIMS,
     }
-    print(runs.save("collapse", config=config, seeds=SEEDS, results=results))
+    print(runs.save("collapse", text=text, config=config, seeds=SEEDS, results=results))
 
 
 if __name__ == "__main__":

@@ -114,9 +114,10 @@ def passages(model: LanguageModel, text: corpus.Corpus) -> dict:
     """A few held-out lines of each domain, and the expert (slot 0) of each byte, [layer][byte]."""
     model.eval()
     found = {}
-    for domain, valid in text.valid.items():
-        start = 5_000 + valid[5_000:].tolist().index(ord("\n")) + 1
-        tokens = valid[start : start + PASSAGE].long()
+    for domain, blocks in text.valid.items():
+        block = blocks[len(blocks) // 2]
+        start = block.tolist().index(ord("\n")) + 1
+        tokens = block[start : start + PASSAGE].long()
         routings = model(tokens.unsqueeze(0))[1]
         found[domain] = {
             "text": corpus.decode(tokens),
@@ -187,6 +188,7 @@ if __name__ == "__main__":
     print(
         runs.save(
             "dense_vs_moe",
+            text=corpus.load(),
             config={
                 **TRAIN,
                 "aux_loss_weight": AUX,

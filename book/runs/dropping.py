@@ -121,6 +121,7 @@ def main() -> None:
     print(
         runs.save(
             "dropping",
+            text=text,
             config={**CONFIG, "policies": POLICIES, "passage": PASSAGE.decode()},
             seeds=SEEDS,
             results=results,

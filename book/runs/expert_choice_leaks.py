@@ -398,7 +398,7 @@ def main() -> None:
         "domains": list(text.domains),
         "claims": CLAIMS,
     }
-    print(runs.save("expert_choice_leaks", config=config, seeds=SEEDS, results=results))
+    print(runs.save("expert_choice_leaks", text=text, config=config, seeds=SEEDS, results=results))
 
 
 if __name__ == "__main__":

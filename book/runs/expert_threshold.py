@@ -348,7 +348,7 @@ def main() -> None:
         "same": SAME,
         "seen": SEEN,
     }
-    print(runs.save("expert_threshold", config=config, seeds=SEEDS, results=results))
+    print(runs.save("expert_threshold", text=text, config=config, seeds=SEEDS, results=results))
 
 
 if __name__ == "__main__":

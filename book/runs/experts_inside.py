@@ -63,6 +63,7 @@ def main() -> None:
     print(
         runs.save(
             "experts_inside",
+            text=text,
             config={**CONFIG, "arms": ARMS, "domains": list(text.domains)},
             seeds=SEEDS,
             results=results,

@@ -117,7 +117,7 @@ def verdicts(results: dict) -> dict:
 
 
 def main() -> None:
-    found = runs.sweep(run, ARMS, SEEDS, corpus.load())
+    found = runs.sweep(run, ARMS, SEEDS, (text := corpus.load()))
     results = {
         name: {key: [each[key] for each in runs_] for key in runs_[0]}
         for name, runs_ in found.items()
@@ -131,6 +131,7 @@ def main() -> None:
     print(
         runs.save(
             "fine_experts",
+            text=text,
             config=config,
             seeds=SEEDS,
             results={**results, "verdicts": verdicts(results)},

@@ -28,17 +28,19 @@ def run(name: str, seed: int, text: corpus.Corpus) -> History:
 
 
 def main() -> None:
+    text = corpus.load()
     results = {
         name: {
             "eval_step": histories[0].eval_step,
             "valid_loss": [history.valid_loss for history in histories],
             "load": [[history.load[step - 1] for step in LOGGED] for history in histories],
         }
-        for name, histories in runs.sweep(run, WEIGHTS, SEEDS, corpus.load()).items()
+        for name, histories in runs.sweep(run, WEIGHTS, SEEDS, text).items()
     }
     results["logged_step"] = LOGGED
     runs.save(
         "first_run",
+        text=text,
         config={"model": config(0.01).to_dict(), "training": TRAINING},
         seeds=SEEDS,
         results=results,

@@ -169,7 +169,7 @@ def main() -> None:
     results = runs.sweep(run, ARMS, SEEDS, text)
     results["verdicts"] = verdicts(results)
     config = {**CONFIG, "domains": list(text.domains), "claims": CLAIMS}
-    print(runs.save("global_batch", config=config, seeds=SEEDS, results=results))
+    print(runs.save("global_batch", text=text, config=config, seeds=SEEDS, results=results))
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def main() -> None:
         "claims": CLAIMS,
         "domains": list(text.domains),
     }
-    print(runs.save("loss_free_balance", config=config, seeds=SEEDS, results=results))
+    print(runs.save("loss_free_balance", text=text, config=config, seeds=SEEDS, results=results))
 
 
 if __name__ == "__main__":

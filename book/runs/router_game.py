@@ -210,8 +210,8 @@ def candidates(words, vectors_WD, board, learned, rule):
 def main() -> None:
     torch.set_num_threads(1)  # matrices this small do not gain from a second thread
     text, N = corpus.load(), CONFIG["seq_len"]
-    held_out = text.valid["English"].long()
-    windows = held_out[: len(held_out) // N * N].view(-1, N)[:150]
+    blocks = text.valid["English"].long()
+    windows = blocks[:, : blocks.shape[1] // N * N].reshape(-1, N)[:150]
     chosen: list = [None] * len(PUZZLES)
     taken: set[int] = set()  # no window stands in two puzzles
     for seed in tqdm(SEEDS, unit="seed"):
@@ -249,6 +249,7 @@ def main() -> None:
     print(
         runs.save(
             "router_game",
+            text=text,
             config={**CONFIG, "puzzle_seeds": [rule[0] for rule in PUZZLES]},
             seeds=SEEDS,
             results={"puzzles": puzzles},

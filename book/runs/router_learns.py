@@ -121,7 +121,7 @@ def main() -> None:
         "domains": list(text.domains),
         "passage": PASSAGE.decode(),
     }
-    print(runs.save("router_learns", config=config, seeds=SEEDS, results=results))
+    print(runs.save("router_learns", text=text, config=config, seeds=SEEDS, results=results))
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def main() -> None:
         "top2": {name: list(how) for name, how in TOP2.items()},
         "claims": CLAIMS,
     }
-    print(runs.save("router_noise", config=config, seeds=SEEDS, results=results))
+    print(runs.save("router_noise", text=text, config=config, seeds=SEEDS, results=results))
 
 
 if __name__ == "__main__":

@@ -137,11 +137,12 @@ def verdicts(results: dict) -> dict:
 
 
 def main() -> None:
-    results = runs.sweep(run, FACTORS, SEEDS, corpus.load())
+    results = runs.sweep(run, FACTORS, SEEDS, (text := corpus.load()))
     results["verdicts"] = verdicts(results)
     print(
         runs.save(
             "switch_capacity",
+            text=text,
             config={**CONFIG, "factors": FACTORS, "eval_factor": 2.0, "claims": CLAIMS},
             seeds=SEEDS,
             results=results,

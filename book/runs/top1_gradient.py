@@ -148,14 +148,14 @@ def verdicts(results: dict) -> dict:
 
 
 def main() -> None:
-    results = runs.sweep(run, ROUTERS, SEEDS, corpus.load())
+    results = runs.sweep(run, ROUTERS, SEEDS, (text := corpus.load()))
     results["verdicts"] = verdicts(results)
     config = {
         **CONFIG,
         "routers": {name: list(how) for name, how in ROUTERS.items()},
         "claims": CLAIMS,
     }
-    print(runs.save("top1_gradient", config=config, seeds=SEEDS, results=results))
+    print(runs.save("top1_gradient", text=text, config=config, seeds=SEEDS, results=results))
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def main() -> None:
         "domains": list(text.domains),
         "claims": CLAIMS,
     }
-    print(runs.save("z_loss", config=config, seeds=SEEDS, results=results))
+    print(runs.save("z_loss", text=text, config=config, seeds=SEEDS, results=results))
 
 
 if __name__ == "__main__":

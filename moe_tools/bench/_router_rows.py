@@ -117,7 +117,9 @@ def config(name: str, budget: Budget) -> LMConfig:
     options = dict(ROWS[name].options)
     if name == "hash":
         options["frequencies"] = (
-            torch.cat(list(text().train.values())).bincount(minlength=corpus.VOCAB_SIZE).tolist()
+            torch.cat([pieces.flatten() for pieces in text().train.values()])
+            .bincount(minlength=corpus.VOCAB_SIZE)
+            .tolist()
         )
     if name == "expert_threshold":
         options["warmup_steps"] = budget.steps // 5

@@ -1,4 +1,4 @@
-"""The corpus: text on every machine, split without overlap, drawn by a seed."""
+"""The corpus: text on every machine, split without overlap into one mixture, drawn by a seed."""
 
 import pytest
 import torch
@@ -24,19 +24,43 @@ def test_the_builtin_corpus_has_english_and_python_without_a_download():
         "C",
     }
     for domain in text.domains:
-        assert len(text.train[domain]) > 50_000 and text.train[domain].dtype == torch.uint8
-    assert "def " in decode(text.train["Python"]) and "the " in decode(text.train["English"])
+        assert text.train[domain].numel() > 50_000 and text.train[domain].dtype == torch.uint8
+    assert "def " in decode(text.train["Python"].flatten()) and "the " in decode(
+        text.train["English"].flatten()
+    )
 
 
 def test_the_builtin_corpus_is_the_same_every_time():
-    first, second = corpus.load(), corpus.load()
-    assert all(torch.equal(first.train[domain], second.train[domain]) for domain in first.domains)
+    assert corpus.load().sha256 == corpus.load().sha256
 
 
-def test_the_last_tenth_is_held_out_and_nothing_is_lost():
+def test_held_out_text_has_the_mixture_of_the_training_text_and_the_end_of_a_library_has_another():
+    text = corpus.load()
+    common = {
+        split: torch.cat([pieces.flatten() for pieces in getattr(text, split).values()])
+        .bincount(minlength=256)
+        .double()
+        for split in corpus.SPLITS
+    }
+    share = {split: counts / counts.sum() for split, counts in common.items()}
+    apart = {split: (share[split] - share["train"]).abs().sum() / 2 for split in share}
+    assert apart["valid"] < 0.03 and apart["shifted"] > 5 * apart["valid"]
+
+
+def test_of_ten_blocks_nine_are_for_training_and_the_last_tenth_is_the_shifted_text():
+    text = from_texts({"a": bytes(i * i % 251 for i in range(50_000))})
+    train, valid, shifted = text.train["a"], text.valid["a"], text.shifted["a"]
+    assert (train.shape, valid.shape, shifted.shape) == ((4, 9 * 1125), (4, 1125), (1, 5000))
+    whole = torch.cat([torch.cat([train, valid], 1).flatten(), shifted.flatten()])
+    assert bytes(whole.tolist()) == bytes(i * i % 251 for i in range(50_000))
+
+
+def test_the_hash_sees_every_byte_and_every_cut():
     text = from_texts(TINY)
-    assert (len(text.train["a"]), len(text.valid["a"])) == (1800, 200)
-    assert bytes(torch.cat([text.train["b"], text.valid["b"]]).tolist()) == TINY["b"]
+    other = from_texts({**TINY, "b": TINY["b"][:-1] + b"x"})
+    moved = corpus.Corpus(text.train, text.shifted, text.valid)
+    assert len({text.sha256, other.sha256, moved.sha256}) == 3
+    assert from_texts(TINY).sha256 == text.sha256
 
 
 def test_a_batch_is_windows_of_the_text_with_the_index_of_their_domain():
@@ -64,20 +88,27 @@ def test_the_same_seed_draws_the_same_batch_and_another_seed_another():
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
 
 
-def test_a_window_may_be_as_long_as_the_text_and_reach_its_end():
+def test_a_window_may_be_as_long_as_a_piece_and_reach_its_end():
     text = from_texts({"a": bytes(range(250)) * 4})
-    assert torch.equal(text.batch(1, 900)[0][0], text.train["a"].long())
-    ends = text.batch(4000, 899, generator=seed())[0][:, -1]
-    assert set(ends.tolist()) == {148, 149}  # both windows are drawn
+    assert torch.equal(text.batch(1, 810)[0], text.train["a"].long())
+    ends = text.batch(4000, 809, generator=seed())[0][:, -1]
+    assert set(ends.tolist()) == {58, 59}  # both windows are drawn
+
+
+def test_no_window_crosses_from_one_piece_into_the_next():
+    pieces = torch.arange(12, dtype=torch.uint8).view(3, 4)
+    text = corpus.Corpus({"a": pieces}, {"a": pieces}, {"a": pieces})
+    seen = {tuple(row) for row in text.batch(500, 3, generator=seed())[0].tolist()}
+    assert seen == {(4 * i + j, 4 * i + j + 1, 4 * i + j + 2) for i in range(3) for j in range(2)}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "test"}, "split='test' must be 'train' or 'valid'"),
+        ({"split": "test"}, r"split='test' must be one of \('train', 'valid', 'shifted'\)"),
         ({"domain": "C"}, r"domain='C' must be one of \('a', 'b'\)"),
-        ({"seq_len": 1801}, "seq_len=1801 must be at most 1800"),
-        ({"seq_len": 201, "split": "valid"}, "seq_len=201 must be at most 200"),
+        ({"seq_len": 1621}, "seq_len=1621 must be at most 1620, the length of the shortest piece"),
+        ({"seq_len": 181, "split": "valid"}, "seq_len=181 must be at most 180"),
     ],
 )
 def test_a_batch_that_cannot_be_drawn_is_refused(arguments, message):

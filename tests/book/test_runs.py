@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from moe_book import runs
+from moe_book.corpus import from_texts
+
+STORED = runs.FOLDER
 
 
 @pytest.fixture(autouse=True)
@@ -105,3 +108,17 @@ def test_a_run_that_does_not_exist_is_refused_and_the_others_are_named():
     runs.save("there", config={}, seeds=[0, 1, 2], results={})
     with pytest.raises(FileNotFoundError, match=r"no stored run 'here'; there are \['there'\]"):
         runs.load("here")
+
+
+def test_a_run_keeps_the_hash_and_the_size_of_its_text():
+    text = from_texts({"a": bytes(2000)})
+    runs.save("a", config={}, seeds=[0, 1, 2], results={}, text=text)
+    assert runs.load("a")["text"] == {"sha256": text.sha256[:16], "bytes": {"a": 1620}}
+    runs.save("a", config={}, seeds=[0, 1, 2], results={})
+    assert runs.load("a")["text"] is None
+
+
+def test_all_stored_runs_with_text_had_the_same():
+    records = [json.loads(path.read_text()) for path in STORED.glob("*.json")]
+    texts = {record["name"]: record["text"] for record in records if record.get("text")}
+    assert len(texts) > 15 and len({str(text) for text in texts.values()}) == 1

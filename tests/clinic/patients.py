@@ -40,7 +40,11 @@ def healthy(name: str, seed: int) -> RoutingLog:
     """A run of this router as it should be."""
     fields = dict(HEALTHY.get(name, {}))
     if name == "hash":  # a table that knows how often each byte occurs
-        counts = torch.cat(list(text().train.values())).bincount(minlength=VOCAB_SIZE).tolist()
+        counts = (
+            torch.cat([pieces.flatten() for pieces in text().train.values()])
+            .bincount(minlength=VOCAB_SIZE)
+            .tolist()
+        )
         fields["router_options"] = fields["router_options"] | dict(frequencies=counts)
     return train(patient(seed, router=name, **fields), seed=seed)
 

@@ -1,7 +1,7 @@
 """Does expert choice read the future? One small language model, with token choice and with expert choice in pools of four sizes.
 
 Within a seed all arms start from the same weights and read the same batches; all weights are sigmoids of the logits, so that arms differ in
-who chooses and among how many tokens. Run it with `python book/runs/expert_choice_leaks.py` (about nine minutes on one quiet CPU core);
+who chooses and among how many tokens. Run it with `python book/runs/expert_choice_leaks.py` (about eleven minutes on one quiet CPU core);
 chapter 9 shows expert_choice_leaks.json.
 """
 
@@ -40,6 +40,7 @@ CONFIG = {
 }
 ARMS = {
     "token choice": 0,
+    "token choice, no loss": 0,  # the control: what the balance loss of token choice costs
     "pool 4": 4,
     "pool 16": 16,
     "pool 64": 64,
@@ -96,7 +97,7 @@ class CutoffRouter(ExpertChoiceRouter):
         )
 
 
-def build(seed: int, pool: int) -> LanguageModel:
+def build(seed: int, pool: int, aux_loss_weight: float = 0.0) -> LanguageModel:
     """The model of one run; with one seed, all arms start from the same weights."""
     torch.manual_seed(seed)
     common = {
@@ -109,7 +110,7 @@ def build(seed: int, pool: int) -> LanguageModel:
     if pool == 0:
         moe = MoEConfig(
             **common,
-            aux_loss_weight=CONFIG["aux_loss_weight"],
+            aux_loss_weight=aux_loss_weight,
             norm_topk_prob=False,
             router_options={"score_func": "sigmoid"},
         )
@@ -284,7 +285,7 @@ def looks(model: LanguageModel, tokens: torch.Tensor) -> dict:
 def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps"]) -> dict:
     """Train once; then look, change the future, listen, and at last route by fixed cutoffs."""
     pool = ARMS[name]
-    model = build(seed, pool)
+    model = build(seed, pool, CONFIG["aux_loss_weight"] if name == "token choice" else 0.0)
     history = train(model, text, steps=steps, **TRAINING, seed=seed, eval_every=25, progress=False)
     tokens, others = held_out(text, CONFIG["windows"])
     found = {

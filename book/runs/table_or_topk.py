@@ -54,9 +54,7 @@ def run(arm: str, seed: int, budget: routers.Budget) -> dict:
         found = routers.run("topk", seed, budget)
     finally:
         routers.ROWS["topk"], _router_run._model = row, trained_model
-    return {key: found[key] for key in KEYS} | {
-        "max_violation": found["training"]["max_violation"]
-    }
+    return {key: found[key] for key in KEYS} | {"max_violation": found["training"]["max_violation"]}
 
 
 def main(budget=routers.Budget()) -> None:
@@ -67,11 +65,7 @@ def main(budget=routers.Budget()) -> None:
     }
     print(
         runs.save(
-            "table_or_topk",
-            text=corpus.load(),
-            config=asdict(budget),
-            seeds=SEEDS,
-            results=results,
+            "table_or_topk", text=corpus.load(), config=asdict(budget), seeds=SEEDS, results=results
         )
     )
 

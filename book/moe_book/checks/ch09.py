@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .exercise import Exercise, Idea, flipped
+from .exercise import Exercise, Idea, statements, which, write_test
 
 _generator = torch.Generator().manual_seed(9)
 _p_TE = torch.softmax(2 * torch.randn(8, 4, generator=_generator), -1)
@@ -36,54 +36,56 @@ def _choose_among_first(scores_TE, c):
     return first_TE & _choose(scores_TE.masked_fill(~first_TE, -1), c)
 
 
-# 9.2: whose route changes
-def _route_by_experts(c, seed):
-    table_VE = torch.randn(16, 3, generator=torch.Generator().manual_seed(seed))
-    return lambda tokens_T: _choose(table_VE[tokens_T], c)
+def _choose_later(scores_TE, c):
+    """Of equal scores the later token wins."""
+    return _choose(scores_TE.flip(0), c).flip(0)
 
 
-def _route_by_tokens(tokens_T):
-    return _best(torch.randn(16, 3, generator=torch.Generator().manual_seed(4))[tokens_T], 1, 1)
+def _choose_from(scores_TE, c):
+    """Whatever is as good as the c-th best: ties let more than c in."""
+    return scores_TE >= scores_TE.sort(0, descending=True).values[c - 1]
 
 
-_tokens = torch.tensor([3, 7, 1, 12, 7, 9, 0, 15, 4, 2])
-_FUTURES = tuple(
-    (rule, _tokens, t, new)
-    for rule, t, new in (
-        (_route_by_experts(2, 5), 6, 5),
-        (_route_by_experts(2, 11), 5, 5),
-        (_route_by_experts(3, 3), 6, 11),
-        (_route_by_experts(4, 4), 9, 6),
-        (_route_by_tokens, 5, 8),
-    )
-)
+# 9.2: a test for causality, of a rule from vectors to experts
+def tokens_choose(x_TD):
+    """Token choice: the best expert of each row; column e is expert e's score."""
+    return _best(x_TD, 1, 1)
 
 
-def _flips(route, tokens_T, t, new):
-    changed_T = tokens_T.clone()
-    changed_T[t] = new
-    return route(tokens_T) != route(changed_T), t
+def above_a_bar(x_TD):
+    """Fixed bars: whatever scores above one half."""
+    return x_TD > 0.5
 
 
-def _seers(route, tokens_T, t, new):
-    flips_TE, t = _flips(route, tokens_T, t, new)
-    return int(flips_TE[:t].any(1).sum())
+def queue_by_position(x_TD):
+    """Token choice with a capacity: the first half of a pool's worth, in the order of the text."""
+    first_TE = _best(x_TD, 1, 1)
+    return first_TE & (first_TE.cumsum(0) <= 2)
 
 
-def _seers_all(route, tokens_T, t, new):
-    return int(_flips(route, tokens_T, t, new)[0].any(1).sum())
+def experts_choose(x_TD):
+    """Expert choice: two tokens for each expert, of the whole pool."""
+    return _choose(x_TD, min(2, len(x_TD)))
 
 
-def _seers_with_itself(route, tokens_T, t, new):
-    return int(_flips(route, tokens_T, t, new)[0][: t + 1].any(1).sum())
+def queue_by_score(x_TD):
+    """Token choice, and the best two of those who come to an expert."""
+    return _choose_among_first(x_TD.sigmoid(), min(2, len(x_TD)))
 
 
-def _seers_cells(route, tokens_T, t, new):
-    return int(_flips(route, tokens_T, t, new)[0][:t].sum())
+def above_the_mean(x_TD):
+    """A bar that is the pool's mean."""
+    return x_TD > x_TD.mean(0)
 
 
-def _seers_later(route, tokens_T, t, new):
-    return int(_flips(route, tokens_T, t, new)[0][t + 1 :].any(1).sum())
+def looks_one_ahead(x_TD):
+    """The next token's score helps: a window of two."""
+    return x_TD + 0.9 * torch.cat([x_TD[1:], torch.zeros_like(x_TD[:1])]) > 0.5
+
+
+def last_one_decides(x_TD):
+    """Only the very last token of the text is looked at ahead of time."""
+    return x_TD + x_TD[-1] > 0.5
 
 
 # 9.3: what an eavesdropper knows
@@ -96,26 +98,12 @@ def _left(compare=torch.ge, join=lambda same: same.all(-1)):
     return lambda scores_VE, a, taken_E: join(compare(scores_VE[a], scores_VE) == taken_E)
 
 
-# 9.4: how much can be told
-_SIZES = ((4, 8, 1), (1024, 16, 128), (64, 8, 16), (2, 8, 1))
+# 9.4: whom nobody takes, by chance
+_SIZES = ((1024, 8, 256), (4, 8, 1), (6, 3, 2), (64, 16, 16))
 
 
-def _bits(T, E, c):
-    return E * math.log2(math.comb(T, c)) / T
-
-
-def _limit(T, E, c):
-    R = c / T
-    return -E * (R * math.log2(R) + (1 - R) * math.log2(1 - R))
-
-
-def _paper(T, E, c):
-    R = c / T
-    return E * R * math.log2((1 - R) / R) if R < 0.5 else 0.0
-
-
-_STATEMENTS = "TFFTFT"
-_flipped = flipped(_STATEMENTS)
+def _nobody(T, E, c):
+    return (1 - c / T) ** E
 
 
 # 9.5: a causal stand-in
@@ -132,9 +120,32 @@ def _threshold(scores_TE, G):
 _stream_TE = torch.randn(40, 4, generator=torch.Generator().manual_seed(6)) + torch.tensor(
     [0.0, 1.0, -1.0, 3.0]
 )
+_STREAMS = (
+    (_stream_TE, _stream_TE, 0.33),
+    (_even_TE, _even_TE[1:3], 0.8),  # scores that stand exactly on the bar
+)
 _new_NE = torch.randn(9, 4, generator=torch.Generator().manual_seed(7)) + torch.tensor(
     [0.5, 1.0, -1.0, 3.0]
 )
+
+
+def _cut_above(scores_TE, new_NE, G):
+    return _threshold(scores_TE, G) < new_NE
+
+
+def _cut_floor(scores_TE, new_NE, G):
+    T, E = scores_TE.shape
+    return scores_TE.sort(0, descending=True).values[max(1, math.floor(T * G / E)) - 1] <= new_NE
+
+
+def _cut_c_per_token(scores_TE, new_NE, G):
+    return _best(new_NE, math.ceil(G), 1)
+
+
+def _cut_off_by_one(scores_TE, new_NE, G):
+    T, E = scores_TE.shape
+    c = min(T - 1, math.ceil(T * G / E))
+    return scores_TE.sort(0, descending=True).values[c] <= new_NE
 
 
 def _cut_again(scores_TE, new_NE, G):
@@ -159,7 +170,7 @@ EXERCISES = (
     Exercise(
         "9.1",
         right=_choose,
-        cases=((_p_TE, 2), (_q_TE, 3), (_even_TE, 2)),
+        cases=((_p_TE, 2), (_q_TE, 3), (_even_TE, 2), (_q_TE, 6)),
         praise="One sort down each column, and the load is exactly c for every expert. No loss, no controller, nothing to tune.",
         ideas=(
             Idea(
@@ -183,6 +194,18 @@ EXERCISES = (
                 "Reread section 9.1.",
             ),
             Idea(
+                "ties let in",
+                _choose_from,
+                "You let in whatever is as good as the c-th best. Where scores tie, that is more than c tokens, and the load is no longer "
+                "exact. Of equals the earlier wins: a stable sort and its first c rows. Reread section 9.1.",
+            ),
+            Idea(
+                "the later wins",
+                _choose_later,
+                "Nearly. Of two equal scores your expert takes the later token, and the text asks for the earlier one: "
+                "sort with stable=True, and descending instead of from behind. Reread section 9.1.",
+            ),
+            Idea(
                 "worst tokens",
                 lambda scores_TE, c: _choose(-scores_TE, c),
                 "You took the tokens with the smallest scores: sort "
@@ -190,37 +213,37 @@ EXERCISES = (
             ),
         ),
     ),
-    Exercise(
+    write_test(
         "9.2",
-        right=_seers,
-        cases=_FUTURES,
-        praise="Change, route again, compare what lies before: that is all the package's probe does, many times. For token choice it is 0.",
-        ideas=(
-            Idea(
-                "counts everybody",
-                _seers_all,
-                "You counted the changed token and the later ones too. They may change: they come after. "
-                "Only positions before t say something about causality. Reread section 9.3.",
+        good=(tokens_choose, above_a_bar, queue_by_position),
+        broken={
+            "expert choice": (
+                experts_choose,
+                "Your test lets expert choice pass: each column takes its two best of the whole pool. Change some tokens, route again, and "
+                "compare the rows before the change; once is not enough, since not every change moves a border. Reread section 9.3.",
             ),
-            Idea(
-                "counts the changed one",
-                _seers_with_itself,
-                "You counted the changed token itself. It is another token now, so of course its "
-                "route may change. Stop before t. Reread section 9.3.",
+            "capacity by score": (
+                queue_by_score,
+                "Your test lets a capacity by score pass: tokens choose, and an expert keeps the best two of those who came. A change is felt "
+                "only where an expert is full, so try many changes, and large ones. Reread section 9.3.",
             ),
-            Idea(
-                "counts cells",
-                _seers_cells,
-                "You counted pairs of token and expert. A token that loses one expert and gains another "
-                "is one token: any(-1) over the experts first. Reread section 9.3.",
+            "the mean of the pool": (
+                above_the_mean,
+                "Your test lets a bar pass that is the mean of the whole pool. A small change moves a mean by little, and a score has to lie "
+                "close to it: change later tokens by a lot, and try several texts.",
             ),
-            Idea(
-                "counts the later",
-                _seers_later,
-                "You counted tokens after the change. Those are allowed to depend on it. The leak runs "
-                "backwards, to positions before t. Reread section 9.3.",
+            "the next token": (
+                looks_one_ahead,
+                "Your test lets a rule pass that looks one token ahead and no further. It changes the row just before the change, so compare "
+                "all rows before it, and make the change somewhere else than at the first token.",
             ),
-        ),
+            "the last token": (
+                last_one_decides,
+                "Your test lets a rule pass that looks at the very last token only. Change the last one as well: replace everything from some "
+                "place on, not one token in the middle.",
+            ),
+        },
+        praise="Change what comes later, route again, compare what lies before, and do it often: that is all the package's probe does.",
     ),
     Exercise(
         "9.3",
@@ -256,39 +279,43 @@ EXERCISES = (
     ),
     Exercise(
         "9.4",
-        right=_bits,
+        right=_nobody,
         cases=_SIZES,
         tolerance=1e-6,
-        praise="A ceiling, not a measurement: so many bits can stand in a routing. How many of them speak of the future is another question.",
+        praise="With eight experts and a quarter each it is a tenth. In the run about three times as many go without: the experts do not draw "
+        "at random, they want the same tokens.",
         ideas=(
             Idea(
+                "someone",
+                lambda T, E, c: 1 - _nobody(T, E, c),
+                "That is the share of tokens that somebody takes. The question is about the others. Reread the first hint.",
+            ),
+            Idea(
                 "one expert",
-                lambda T, E, c: math.log2(math.comb(T, c)) / T,
-                "That is what one expert can say. There are E of them, each "
-                "with a choice of its own. Reread section 9.5.",
+                lambda T, E, c: 1 - c / T,
+                "That is the share that one expert leaves. All E of them have to leave a token alone, each by itself.",
             ),
             Idea(
-                "whole pool",
-                lambda T, E, c: E * math.log2(math.comb(T, c)),
-                "That is for the whole pool. Divide by its T tokens to have "
-                "bits per token. Reread section 9.5.",
+                "shares added",
+                lambda T, E, c: max(0.0, 1 - E * c / T),
+                "You added the shares of the experts, as if no token were ever taken twice. They overlap: multiply the "
+                "chances of being left. Reread section 9.2.",
             ),
             Idea(
-                "nats",
-                lambda T, E, c: E * math.log(math.comb(T, c)) / T,
-                "Your count is in nats. Bits need the logarithm to base 2. Reread section 9.5.",
+                "taken by all",
+                lambda T, E, c: (c / T) ** E,
+                "That is the chance to be taken by every expert. A token that nobody takes is left by every expert.",
             ),
             Idea(
-                "the limit",
-                _limit,
-                "You used the entropy of a share, E times H(R). That is the limit for a large pool. Here T may be small: "
-                "count with math.comb. Reread section 9.5.",
+                "a number",
+                lambda T, E, c: T * _nobody(T, E, c),
+                "That is how many tokens of the pool nobody takes. Asked is their share, a number from 0 to 1: divide by T.",
             ),
             Idea(
-                "the paper's formula",
-                _paper,
-                "That is K log2((1-R)/R), which lies below the count by about -E log2(1-R) and is 0 "
-                "for R = 1/2. Count the choices themselves. Reread section 9.5.",
+                "independent draws",
+                lambda T, E, c: (1 - 1 / T) ** (E * c),
+                "You let E times c single draws hit the pool. But one expert takes c different tokens, so it leaves the share "
+                "1 - c/T exactly. Only the experts are independent of each other.",
             ),
         ),
     ),
@@ -299,6 +326,7 @@ EXERCISES = (
             (_stream_TE, _new_NE, 1.0),
             (_stream_TE, _new_NE, 2.0),
             (_stream_TE, _new_NE[:1], 1.0),
+            *_STREAMS,
         ),
         praise="Each new token is judged alone, by a bar set in the past. Chapter 10 lets the bar move.",
         ideas=(
@@ -321,6 +349,28 @@ EXERCISES = (
                 "largest old score, c = T G / E rounded up. Reread section 9.7.",
             ),
             Idea(
+                "above the bar",
+                _cut_above,
+                "Nearly. A score equal to the bar gets in: the token that set the bar was itself admitted. Use >=.",
+            ),
+            Idea(
+                "rounded down",
+                _cut_floor,
+                "Nearly. You rounded T G / E down, the text rounds up: with 40 tokens, 4 experts and G = 0.33 it is 4 places and not 3.",
+            ),
+            Idea(
+                "off by one",
+                _cut_off_by_one,
+                "Nearly. Your bar is the next score after the last one that was let in. Counting begins at 0, so the c-th largest stands at "
+                "c - 1 in a sorted column.",
+            ),
+            Idea(
+                "tokens choose",
+                _cut_c_per_token,
+                "You let each new token take its best experts. That is causal, but it is token choice, and the old scores play no part in "
+                "it. Compare each new score with the bar of its expert. Reread section 9.7.",
+            ),
+            Idea(
                 "one bar for all",
                 _cut_for_all,
                 "You used one bar for all experts. An expert whose scores run high then takes almost "
@@ -328,47 +378,31 @@ EXERCISES = (
             ),
         ),
     ),
-    Exercise(
+    which(
         "9.6",
-        right=_STATEMENTS,
-        praise="Balance, causality and independence of the batch are three different things, and you told them apart.",
-        ideas=(
-            Idea(
-                "balance is not exact",
-                _flipped[0],
-                "Look at (a) again. Every expert takes exactly c tokens, whatever the scores are. "
-                "Reread section 9.1.",
-            ),
-            Idea(
-                "all tokens served",
-                _flipped[1],
-                "Look at (b) again. Experts choose by themselves, and nobody makes sure that each token is "
-                "chosen by someone. Reread section 9.2.",
-            ),
-            Idea(
-                "mask suffices",
-                _flipped[2],
-                "Look at (c) again. The mask guards the attention. The leak goes through the router, which the mask "
-                "does not touch. Reread section 9.3.",
-            ),
-            Idea(
-                "sequence scope is not invariant",
-                _flipped[3],
-                "Look at (d) again. With a pool per sequence no other sequence takes part. It is "
-                "later tokens of the same sequence that still do. Reread section 9.3.",
-            ),
-            Idea(
-                "larger pools leak more",
-                _flipped[4],
-                "Look at (e) again. In a large pool one token moves the border of an expert less, "
-                "and many unknown tokens move it. Reread section 9.6.",
-            ),
-            Idea(
-                "encoders too",
-                _flipped[5],
-                "Look at (f) again. An encoder may see all of its input by design. There is no future to leak. "
-                "Reread section 9.7.",
-            ),
+        options="ABCDE",
+        right="CE",
+        says={
+            "A": "A is right. Zeros are a change like any other: expert choice then has other competitors in its pool, and the rows before feel it.",
+            "B": "B is right. Another text in place of the second half is the false future of section 9.6, and the rows before are compared.",
+            "D": "D is right. The beginning is routed without what follows. Expert choice then has a smaller pool and answers otherwise; "
+            "token choice doesn't.",
+        },
+        praise="C asks whether the past is seen, which is no fault: a queue in the order of the text is causal and fails it. And E only changes the order: the two best of a column are the same scores "
+        "as before, so expert choice passes. A test has to change what the rule looks at.",
+    ),
+    statements(
+        "9.7",
+        "TFFTFT",
+        says=(
+            "Look at (a) again. Every expert takes exactly c tokens, whatever the scores are. Reread section 9.1.",
+            "Look at (b) again. Experts choose by themselves, and nobody makes sure that each token is chosen by someone. Reread section 9.2.",
+            "Look at (c) again. The mask guards the attention. The leak goes through the router, which the mask does not touch. Reread section 9.3.",
+            "Look at (d) again. With a pool per sequence no other sequence takes part. It is later tokens of the same sequence that still do. "
+            "Reread section 9.3.",
+            "Look at (e) again. Compare false minus true in the rows of 4, 16, 64 and 1024. Reread section 9.6.",
+            "Look at (f) again. An encoder may see all of its input by design. There is no future to leak. Reread section 9.7.",
         ),
+        praise="Balance, causality and independence of the batch are three different things, and you told them apart.",
     ),
 )

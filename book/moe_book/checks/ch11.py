@@ -1,8 +1,12 @@
 """Chapter 11: the router zoo."""
 
+import math
+
 import torch
 
-from .exercise import Exercise, Idea
+from moe_core.routers.balanced_assignment import balanced_assignment
+
+from .exercise import Exercise, Idea, which, write_test
 
 
 # 11.1: a balanced table
@@ -24,8 +28,15 @@ def _busiest(table, frequencies, E):
 
 
 def _packs(table, frequencies, E):
-    return all(0 <= int(e) < E for e in table) and _busiest(table, frequencies, E) <= _busiest(
-        _greedy(frequencies, E), frequencies, E
+    if len(table) != len(frequencies):
+        return f"There are {len(frequencies)} ids, and your table has {len(table)} entries: one expert for each id."
+    if any(int(e) != e or not 0 <= e < E for e in table):
+        return f"An entry of the table is the number of an expert, from 0 to {E - 1}."
+    busiest, goal = (_busiest(each, frequencies, E) for each in (table, _greedy(frequencies, E)))
+    return (
+        True
+        if busiest <= goal
+        else f"Your busiest expert has {busiest} to do; large pieces first gives {goal}."
     )
 
 
@@ -47,34 +58,86 @@ _wide_TE, _square_TE = (
 def _scale(p_TE, rounds, row=None, column=None, order="rc"):
     T, E = p_TE.shape
     for _ in range(rounds):
-        for which in order:
+        for side in order:
             p_TE = (
                 p_TE / p_TE.sum(1, keepdim=True) * (row or 1 / T)
-                if which == "r"
+                if side == "r"
                 else p_TE / p_TE.sum(0) * (column or 1 / E)
             )
     return p_TE
 
 
-# 11.5: Soft MoE
-_EXPERTS = (lambda v: 2 * v, lambda v: 1 - v)
+# 11.5: balanced and best
+def exact(h_TE):
+    """The package's solution of the assignment."""
+    return balanced_assignment(h_TE.double())
 
 
-def _soft(over_tokens=0, over_slots=1):
-    def soft_moe(x_ND, phi_DS, experts):
-        h_NS = x_ND @ phi_DS
-        slots_SD = h_NS.softmax(over_tokens).T @ x_ND
-        return h_NS.softmax(over_slots) @ torch.stack(
-            [f(slot) for f, slot in zip(experts, slots_SD)]
-        )
+def by_places_left(h_TE):
+    """Token after token, the best that can be had with so many places left at each expert."""
+    T, E = h_TE.shape
+    best = {(T // E,) * E: (0.0, [])}
+    for row in h_TE.tolist():
+        after = {}
+        for left, (value, way) in best.items():
+            for e in range(E):
+                if left[e]:
+                    key = (*left[:e], left[e] - 1, *left[e + 1 :])
+                    after[key] = max(after.get(key, (-math.inf, [])), (value + row[e], [*way, e]))
+        best = after
+    ((_, way),) = best.values()
+    return torch.tensor(way)
 
-    return soft_moe
+
+def best_expert(h_TE):
+    """Each token's favourite: no balance at all."""
+    return h_TE.argmax(1)
 
 
-def _no_mixing_back(x_ND, phi_DS, experts):
-    h_NS = x_ND @ phi_DS
-    slots_SD = h_NS.softmax(0).T @ x_ND
-    return torch.stack([experts[s](slots_SD[s]) for s in h_NS.argmax(1)])
+def rounded_plan(h_TE):
+    """A balanced plan, and the largest share of each row."""
+    return _scale(h_TE.double().exp(), 50).argmax(1)
+
+
+def in_turn(h_TE):
+    """0, 1, 0, 1: balanced, whatever the scores are."""
+    return torch.arange(len(h_TE)) % h_TE.shape[1]
+
+
+def first_come(h_TE):
+    """In the order of the text, each to its favourite that has a place left."""
+    T, E = h_TE.shape
+    left, found = [T // E] * E, []
+    for row in h_TE.tolist():
+        e = max((e for e in range(E) if left[e]), key=lambda e: row[e])
+        left[e] -= 1
+        found.append(e)
+    return torch.tensor(found)
+
+
+def worst(h_TE):
+    """Balanced, with the smallest sum."""
+    return exact(-h_TE)
+
+
+# 11.6: what is left
+_LEFT = ("loss_free", "quantile_balancing")
+_ROWS = (
+    "topk noisy_topk switch gshard loss_free hash expert_choice expert_threshold sinkhorn base quantile_balancing relu "
+    "zero_computation"
+).split()
+
+
+def _remaining(names):
+    unknown = [name for name in names if name not in _ROWS]
+    if unknown:
+        return f"There is no row {unknown[0]!r} on the bench; write the names as its tables do."
+    if set(names) == set(_LEFT):
+        return True
+    wrong = [name for name in names if name not in _LEFT]
+    if wrong:
+        return f"{wrong[0]!r} fails one of the demands, or learns nothing: find its row in the table of 11.1."
+    return "What you named is right. One more row passes: go through the table of 11.1 again."
 
 
 EXERCISES = (
@@ -102,7 +165,12 @@ EXERCISES = (
             ),
         ),
         "Large pieces first, each where there is most room: a few lines, and no expert can complain.",
-        cases=(([3, 6, 1, 2], 2), ([5, 1, 4, 2, 9, 3, 7, 1], 3)),
+        cases=(
+            ([3, 6, 1, 2], 2),
+            ([5, 1, 4, 2, 9, 3, 7, 1], 3),
+            ([8, 7, 6, 5, 4, 3, 2, 1, 1], 4),
+            ([20, 1, 1, 1, 1, 1, 1, 1], 4),
+        ),
         accepts=_packs,
     ),
     Exercise(
@@ -137,99 +205,83 @@ EXERCISES = (
         "By turns, and both sums end up right. All it takes to choose from it is an argmax per row.",
         cases=((_wide_TE, 30), (_square_TE, 1)),
     ),
-    Exercise(
+    which(
         "11.3",
-        1.2,
-        (
-            Idea(
-                "the other way",
-                1 / 1.2,
-                "You lower the coefficient when there are too many experts. A larger penalty pushes weights to zero, so "
-                "too many experts must raise it. Reread section 11.5.",
-            ),
-            Idea(
-                "only up",
-                1.2**3,
-                "You counted the three steps with too many experts. The two with too few divide by 1.2 again: lambda goes both "
-                "ways. Reread section 11.5.",
-            ),
-            Idea(
-                "every step",
-                1.2**5,
-                "You multiplied in each of the five steps. It grows only while tokens take more than K = 2 experts. "
-                "Reread section 11.5.",
-            ),
-        ),
-        "Three up, two down. Only on which side of k the number lies matters, not how far.",
+        options="ABCDE",
+        right="CE",
+        says={
+            "A": "A is right: it is the rule of section 11.5, word by word.",
+            "B": "B is right. To raise 1.2 to the power of 1 or -1 is to multiply or to divide by it.",
+            "D": "D is right. Adding or subtracting log 1.2 before the exponential is multiplying or dividing by 1.2.",
+        },
+        praise="C pushes the wrong way: too many experts must make the penalty larger. And E is no inverse of itself: up by a fifth and down by "
+        "a fifth is 1.2 times 0.8, so a router that is right on average loses four hundredths of its penalty with every pair of steps.",
     ),
     Exercise(
         "11.4",
-        lambda K, E, Z, tau: K * tau * E / (tau * E + Z),
+        lambda K, E, Z, goal: goal * Z / (E * (K - goal)),
         (
             Idea(
-                "no tau",
-                lambda K, E, Z, tau: K * E / (E + Z),
-                "You divide the slots evenly over all experts. The loss asks for tau slots at a real "
-                "expert for each at a cheap one: weigh the real ones with tau. Reread section 11.6.",
+                "upside down",
+                lambda K, E, Z, goal: E * (K - goal) / (goal * Z),
+                "That is 1 / tau. Put it into the formula of 11.6: with the bench's numbers tau has to come out as 3/4.",
             ),
             Idea(
-                "tau on the cheap",
-                lambda K, E, Z, tau: K * E / (E + tau * Z),
-                "You gave tau to the cheap experts. A tau below 1 would then make "
-                "real experts more frequent; it is there to make them rarer. Reread section 11.6.",
+                "share of slots",
+                lambda K, E, Z, goal: goal / K,
+                "That is the share of the slots that should be real. tau weighs one real expert against one cheap one, and there are "
+                "E of the first and Z of the second. Set the formula of 11.6 equal to the goal and solve it.",
             ),
             Idea(
-                "the cheap ones",
-                lambda K, E, Z, tau: K * Z / (tau * E + Z),
-                "That is what is left for the experts without computation. The real "
-                "ones get the other part of the K slots. Reread section 11.6.",
+                "numbers forgotten",
+                lambda K, E, Z, goal: goal / (K - goal),
+                "That is the ratio of real slots to cheap ones. It is tau E : Z, so what is left is to multiply by Z and divide by E.",
+            ),
+            Idea(
+                "E and Z swapped",
+                lambda K, E, Z, goal: goal * E / (Z * (K - goal)),
+                "You have E and Z the wrong way round. More real experts share the same slots, so each has to ask for less: tau falls with E.",
+            ),
+            Idea(
+                "solved the other way",
+                lambda K, E, Z, goal: K * goal * E / (goal * E + Z),
+                "You put the goal in the place of tau. Set the formula of 11.6 equal to the goal, and solve for tau.",
             ),
         ),
-        "The part of all shares that is real, times K. With the bench's numbers: 2.",
-        cases=((3, 8, 3, 0.75), (12, 512, 256, 1.0), (2, 4, 4, 2.0)),
+        "Two lines of algebra, and a knob that one would otherwise turn by trial.",
+        cases=((3, 8, 3, 2), (12, 512, 256, 8), (4, 16, 4, 1), (2, 6, 5, 1.5)),
+        tolerance=1e-6,
     ),
-    Exercise(
+    write_test(
         "11.5",
-        _soft(),
-        (
-            Idea(
-                "softmax over slots twice",
-                _soft(1, 1),
-                "Both of your softmaxes run over the slots. A slot must be a mean of tokens: its weights sum "
-                "to 1 over the tokens, along dimension 0. Reread section 11.7.",
+        good=(exact, by_places_left),
+        broken={
+            "no balance": (
+                best_expert,
+                "Your test lets the argmax pass: each token goes to its favourite, and nothing is balanced. Count the tokens of each expert.",
             ),
-            Idea(
-                "softmax over tokens twice",
-                _soft(0, 0),
-                "Both of your softmaxes run over the tokens. What a token gets back is a mean over slots: "
-                "weights that sum to 1 along dimension 1. Reread section 11.7.",
+            "rounded plan": (
+                rounded_plan,
+                "Your test lets Sinkhorn's rounded plan pass. The plan is balanced, the largest share of each row need not be: "
+                "with some scores it is, with others it isn't. Count on many inputs.",
             ),
-            Idea(
-                "swapped",
-                _soft(1, 0),
-                "You have the two softmaxes the wrong way round: over tokens when a slot is filled, over slots when a token "
-                "gets its answer. Reread section 11.7.",
+            "in turn": (
+                in_turn,
+                "Your test lets 0, 1, 0, 1 pass. It is balanced and never looks at the scores: also compare the sum of the chosen scores with "
+                "the largest that a balanced assignment can have.",
             ),
-            Idea(
-                "argmax on the way back",
-                _no_mixing_back,
-                "You give each token the answer of its best slot alone. That is a choice, and a choice "
-                "has no gradient: Soft MoE mixes all answers. Reread section 11.7.",
+            "first come": (
+                first_come,
+                "Your test lets 'first come, first served' pass: balanced, each token with the best expert that still has a place. An early token "
+                "takes the place of a later one that needs it more. Compare the sum with that of every other balanced assignment, on many inputs.",
             ),
-        ),
-        "Two softmaxes of the same numbers, along different sides. Nothing is chosen.",
-        cases=(
-            (
-                torch.randn(5, 3, generator=_generator),
-                torch.randn(3, 2, generator=_generator),
-                _EXPERTS,
+            "worst": (
+                worst,
+                "Your test lets the worst balanced assignment pass: the one with the smallest sum. Compare the sum with the largest.",
             ),
-            (
-                torch.randn(2, 4, generator=_generator),
-                torch.randn(4, 2, generator=_generator),
-                _EXPERTS,
-            ),
-        ),
+        },
+        praise="Two things to hold: the load of each expert, and that no other even assignment has a larger sum. A test of the first alone "
+        "lets a router pass that never reads.",
     ),
     Exercise(
         "11.6",
@@ -253,8 +305,59 @@ EXERCISES = (
                 "On the bench top-k is balanced by a loss with a coefficient: "
                 "that is the extra loss you wanted to do without. See the last column in 11.1.",
             ),
+            Idea(
+                "plans look at the batch",
+                ("loss_free", "quantile_balancing", "sinkhorn"),
+                "Sinkhorn's plan is made from the whole batch in training, and in generation there is none: see the column 'in training' in 11.1.",
+            ),
         ),
         "Two biases that are learned outside the gradient: one by small steps, one solved for.",
-        accepts=lambda names: sorted(names) == ["loss_free", "quantile_balancing"],
+        unordered=True,
+        accepts=lambda names: _remaining(names),
+        reads=lambda names: (
+            tuple(
+                sorted(
+                    str(name).strip().casefold()
+                    for name in (
+                        names.replace(",", " ").split() if isinstance(names, str) else names
+                    )
+                )
+            )
+            or None
+        ),
+        asks='Hand in a list of names of rows, such as ["topk", "hash"].',
+    ),
+    Exercise(
+        "11.7",
+        lambda n_routers, n_seeds: n_routers * (n_routers - 1) / 2 / 2 ** (n_seeds - 1),
+        (
+            Idea(
+                "one of two",
+                lambda n_routers, n_seeds: n_routers * (n_routers - 1) / 2 / 2**n_seeds,
+                "That is how often one named router of the pair wins everywhere. Either of the two may: heads three times, or tails three times.",
+            ),
+            Idea(
+                "pairs twice",
+                lambda n_routers, n_seeds: n_routers * (n_routers - 1) / 2 ** (n_seeds - 1),
+                "You counted each pair twice, as (p, q) and as (q, p). Thirteen routers make 78 pairs.",
+            ),
+            Idea(
+                "share",
+                lambda n_routers, n_seeds: 0.5 ** (n_seeds - 1),
+                "That is the chance for one pair. Asked is the number among all pairs of the bench.",
+            ),
+            Idea(
+                "pairs with itself",
+                lambda n_routers, n_seeds: n_routers * (n_routers + 1) / 2 / 2 ** (n_seeds - 1),
+                "You paired each router with itself as well. Thirteen routers make 13 times 12 halves, 78 pairs.",
+            ),
+            Idea(
+                "routers for pairs",
+                lambda n_routers, n_seeds: n_routers / 2 ** (n_seeds - 1),
+                "You took the number of routers. It is pairs that agree or not, and thirteen routers make 78 of them.",
+            ),
+        ),
+        "With three seeds a quarter of all pairs agree for nothing. It takes six seeds until it is one pair in 32: p = 0.03.",
+        cases=((13, 3), (13, 6), (2, 3), (5, 1)),
     ),
 )

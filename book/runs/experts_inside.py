@@ -1,6 +1,6 @@
 """What an expert should be made of: gated or not, all routed or one shared, at equal work and equal parameters.
 
-Run it with `python book/runs/experts_inside.py` (about four minutes on one quiet CPU core); chapter 3 shows experts_inside.json.
+Run it with `python book/runs/experts_inside.py` (about six minutes on one quiet CPU core); chapter 3 shows experts_inside.json.
 """
 
 import sys
@@ -23,6 +23,13 @@ CONFIG = {**SIZES, **TRAINING, "aux_loss_weight": 0.01}
 ARMS = {  # fields of MoEConfig: three experts' work a token, eight experts' parameters a layer, in each of them
     "gated": {"n_experts": 8, "top_k": 3, "d_ff": 64},
     "not gated": {"n_experts": 8, "top_k": 3, "d_ff": 96, "glu": False},
+    "not gated, times 0.6": {  # as small at the start as a gated one
+        "n_experts": 8,
+        "top_k": 3,
+        "d_ff": 96,
+        "glu": False,
+        "router_options": {"routed_scaling_factor": 0.6},
+    },
     "shared": {"n_experts": 7, "top_k": 2, "d_ff": 64, "n_shared_experts": 1},
     "shared, with a gate": {
         "n_experts": 7,

@@ -47,7 +47,7 @@ def load_panels(panels: dict, *, top: float, panel_height: int = 130) -> go.Figu
         annotations=notes,
         **layout,
         xaxis={
-            "title": {"text": "expert (bars: share of the slots, %; dashed: even)"},
+            "title": {"text": "expert (share of slots, %; dashed: even)"},
             "range": [-0.5, E - 0.5],
             "tickvals": list(range(E)),
             "ticktext": [str(e) for e in range(E)],
@@ -205,8 +205,9 @@ def prices(f_E, before_E, after_E, *, height: int = 400) -> go.Figure:
     )
     words = go.Scatter(
         x=at,
-        y=[max(float(v), expected) for v in f.round(4)],
+        y=[round(max(float(v), expected) + 0.02, 4) for v in f],
         mode="text",
+        name="direction",
         text=[_direction(v - expected) for v in f],
         textposition="top center",
         cliponaxis=False,

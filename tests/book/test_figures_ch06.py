@@ -47,20 +47,21 @@ LOADS = [[5, 1, 2, 0], [2, 2, 2, 2]]
 
 
 def test_without_a_capacity_all_gpus_wait_for_the_busiest():
-    figure = ch06.timeline(LOADS, capacity=None, longest=8)
+    figure = ch06.timeline(LOADS, capacity=None, longest=7)
     works, waits = trace(figure, "works on a token"), trace(figure, "has none")
     assert len(works.x) == 16 and len(waits.x) == 5 * 4 + 2 * 4 - 16
-    assert sorted(x for x, e in zip(works.x, works.y) if e == 0) == [0.5, 1.5, 2.5, 3.5, 4.5, 6.5, 7.5]  # fmt: skip
-    assert list(figure.data[2].x[::3]) == [5.5, 8.5] and set(figure.data[3].text) == {""}
+    starts = [round(x - 0.08, 9) for x, e in zip(works.base, works.y) if e == 0]
+    assert sorted(starts) == [0, 1, 2, 3, 4, 5, 6]
+    assert list(figure.data[2].x[::3]) == [5, 7] and set(figure.data[3].text) == {""}
 
 
 def test_with_a_capacity_every_batch_takes_as_long_and_the_rest_is_counted():
-    figure = ch06.timeline(LOADS, capacity=2, longest=8)
-    assert list(figure.data[2].x[::3]) == [2.5, 5.5]
+    figure = ch06.timeline(LOADS, capacity=2, longest=7)
+    assert list(figure.data[2].x[::3]) == [2, 4]
     assert list(figure.data[3].text) == [" 3 dropped", "", "", ""]
     assert len(trace(figure, "works on a token").x) == 16 - 3
 
 
 def test_a_timeline_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="take 8; longest=7"):
-        ch06.timeline(LOADS, capacity=None, longest=7)
+    with pytest.raises(ValueError, match="take 7; longest=6"):
+        ch06.timeline(LOADS, capacity=None, longest=6)

@@ -495,8 +495,7 @@ EXERCISES = (
                 "dropped. Reread section 6.2.",
             ),
         },
-        praise="Your test looks at both ends: nobody without a place, and of a crowd exactly C. The two bugs of section 6.5 stood for months in a library "
-        "that had tests.",
+        praise="Your test looks at both ends: nobody without a place, and of a crowd exactly C. Each of the four faulty layers runs without an error.",
     ),
     Exercise(
         "6.7",

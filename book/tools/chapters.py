@@ -29,6 +29,8 @@ BOOK = Path(__file__).resolve().parents[1]
 MAX_BYTES = 400_000
 CELL_SECONDS = 120
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
+# The first two cells of code are folded on the page: a reader comes for what follows.
+FOLDED = ("Set up: on Colab this brings the book's packages", "What this page imports")
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -98,6 +100,8 @@ def normalise(notebook: nbformat.NotebookNode) -> str:
         cell["id"] = cell_id(cell, ids)
         ids.add(cell["id"])
         if cell.cell_type == "code":
+            if count < len(FOLDED) and re.match(r"(try:\n +)?(import|from) ", cell.source):
+                fold(cell, FOLDED[count])
             count += 1
             cell.execution_count = count
             cell.outputs = clean_outputs(cell.outputs)
@@ -106,6 +110,12 @@ def normalise(notebook: nbformat.NotebookNode) -> str:
                     output.execution_count = count
     nbformat.validate(notebook)
     return nbformat.writes(notebook, version=nbformat.NO_CONVERT).rstrip("\n") + "\n"
+
+
+def fold(cell: nbformat.NotebookNode, prompt: str) -> None:
+    """Hide a cell's code behind a line that says what it is."""
+    cell.metadata["tags"] = sorted({*cell.metadata.get("tags", []), "hide-input"})
+    cell.metadata["mystnb"] = {"code_prompt_show": prompt, "code_prompt_hide": prompt}
 
 
 def cell_id(cell: nbformat.NotebookNode, taken: set[str]) -> str:

@@ -68,6 +68,16 @@ def test_only_tags_remain_of_a_cells_metadata(stored):
     assert [cell["metadata"] for cell in stored["cells"]] == [{}, {"tags": ["hide-input"]}, {}]
 
 
+def test_what_sets_up_and_what_imports_is_folded_and_nothing_else():
+    notebook = v4.new_notebook(
+        cells=[code("try:\n    import x"), code("import y"), code("import z")]
+    )
+    chapters.normalise(notebook)
+    assert [cell.metadata.get("tags") for cell in notebook.cells] == [["hide-input"]] * 2 + [None]
+    shown = [cell.metadata["mystnb"]["code_prompt_show"] for cell in notebook.cells[:2]]
+    assert shown == list(chapters.FOLDED)
+
+
 def test_progress_bars_go_and_stdout_becomes_one_piece(stored):
     assert [output["text"] for output in stored["cells"][1]["outputs"]] == [["a\n", "b\n"]]
 

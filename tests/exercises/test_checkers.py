@@ -6,11 +6,12 @@ Right answers that differ from a checker's own stand beside this file, one modul
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from moe_book import checks
-from moe_book.checks import Exercise, Idea, Verdict, check, exercises
+from moe_book.checks import Exercise, Idea, Verdict, check, exercises, statements, which, write_test
 
 CHAPTERS = sorted(
     int(file.stem[2:]) for file in Path(checks.__file__).parent.glob("ch[0-9][0-9].py")
@@ -108,6 +109,31 @@ def test_an_answer_of_the_wrong_kind_is_wrong_and_raises_nothing(exercise):
 
 
 @each_exercise
+def test_no_message_holds_the_solution_of_an_exercise_that_asks_for_a_value(exercise):
+    if callable(exercise.right) or not isinstance(exercise.right, str):
+        return
+    for answer in ("", "yes", 5, "TTTTTT", "FFFFFF", "TFTFTF", list("FTFTFT"), ["A", "B"], None):
+        verdict = check(exercise.number, answer)
+        assert verdict.right or exercise.right not in verdict.message
+
+
+@each_exercise
+def test_a_result_in_place_of_the_function_is_told_apart(exercise):
+    if callable(exercise.right):
+        verdict = check(exercise.number, 157)
+        assert verdict.status == "wrong" and "without brackets" in verdict.message
+
+
+@each_exercise
+def test_an_answer_that_leaves_the_program_is_only_wrong(exercise):
+    def leave(*case):
+        raise SystemExit
+
+    if callable(exercise.right):
+        assert check(exercise.number, leave).status == "wrong"
+
+
+@each_exercise
 def test_checking_twice_says_the_same(exercise):
     assert check(exercise.number, exercise.right) == check(exercise.number, exercise.right)
 
@@ -166,7 +192,8 @@ def test_where_two_ideas_look_alike_the_first_is_named():
 
 def test_an_unknown_wrong_answer_shows_the_first_case_that_fails():
     verdict = DOUBLE.check(lambda x: 2 * x if len(x) == 2 else -x)
-    assert "Case 2 of 2: got [-3], expected [6]" in verdict.message and verdict.idea is None
+    assert "Case 2 of 2: answer(x=[3]) gave [-3], expected [6]." in verdict.message
+    assert verdict.idea is None
 
 
 def test_an_error_in_the_answer_is_told_to_the_reader():
@@ -253,6 +280,190 @@ def test_an_answer_that_writes_into_its_input_harms_nobody():
     )
 
 
+def test_two_numbers_that_look_alike_are_shown_with_more_digits():
+    places = Exercise("1.1", lambda T, f: 138.0, (), "", cases=((1000, 1.1),))
+    message = places.check(lambda T, f: 137.5).message
+    assert "answer(T=1000, f=1.1) gave 137.5, expected 138." in message
+
+
+def test_the_inputs_are_shown_and_large_ones_by_their_shape():
+    exercise = Exercise(
+        "1.1", lambda h_TE, mode: 0.0, (), "", cases=((torch.zeros(8, 4), "switch"),)
+    )
+
+    def mine(h, how):
+        return 1.0
+
+    assert (
+        "Case 1 of 1: mine(h_TE=(8, 4) numbers, mode='switch') gave 1, expected 0"
+        in exercise.check(mine).message
+    )
+
+
+def test_right_numbers_of_another_shape_are_told_apart():
+    row = Exercise("1.1", lambda x: x, (), "", cases=((torch.arange(3.0),),))
+    assert "their shape is (1, 3) instead of (3,)" in row.check(lambda x: x[None]).message
+    assert "The shape is (2,), and should be (3,)." in row.check(lambda x: x[:2]).message
+
+
+def test_a_constant_factor_and_the_first_difference_are_named():
+    row = Exercise("1.1", lambda x: x, (), "", cases=((torch.arange(1.0, 9.0),),))
+    assert "yours is 4 times what it should be" in row.check(lambda x: 4 * x).message
+    off = row.check(lambda x: x + 0.001 * (x == 5)).message
+    assert "first difference is at [4]: 5.001 instead of 5" in off
+
+
+def test_a_number_as_text_and_a_complex_number_are_no_numbers():
+    assert "That is a text" in DOUBLE.check(lambda x: "2").message
+    assert VALUE.check(0.25 + 0j).status == "wrong"
+
+
+def test_the_line_that_raised_is_shown_and_a_long_message_is_cut():
+    def answer(x):
+        raise ValueError("a\nb " * 200)
+
+    message = DOUBLE.check(answer).message
+    assert "raised ValueError: a b a b" in message and len(message) < 500
+    assert "`raise ValueError(" in message and "Case 1 of 2: answer(x=[1, 2])" in message
+
+
+def test_an_array_of_two_numbers_is_a_pair():
+    pair = Exercise("1.1", lambda: (1.0, 0.25), (), "", cases=((),))
+    assert pair.check(lambda: np.array([1.0, 0.25])).right
+
+
+def test_order_may_not_count_for_right_and_wrong_ideas_alike():
+    largest = Idea("largest", lambda x: x.topk(2).indices, "You took the largest.")
+    smallest = Exercise(
+        "1.1",
+        lambda x: (-x).topk(2).indices,
+        (largest,),
+        "",
+        cases=((torch.tensor([3.0, 1.0, 2.0, 5.0]),),),
+        unordered=True,
+    )
+    assert smallest.check(lambda x: [2, 1]).right and smallest.check(lambda x: [1, 2]).right
+    assert smallest.check(lambda x: [0, 3]).idea == smallest.check(lambda x: [3, 0]).idea
+    assert smallest.check(lambda x: [0, 3]).idea == "largest"
+
+
+SQUARE_SUM = Exercise(
+    "1.1",
+    lambda h: (h * h).sum(),
+    (),
+    "Right.",
+    cases=((torch.tensor([1.0, 2.0]),),),
+    differentiable="h",
+)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda h: (h * h).sum().item(),
+        lambda h: (h.detach() ** 2).sum(),
+        lambda h: float((h.numpy() ** 2).sum()),
+        lambda h: torch.no_grad()(lambda: (h * h).sum())(),
+    ],
+)
+def test_a_right_value_without_a_gradient_is_right_with_a_remark(answer):
+    verdict = SQUARE_SUM.check(answer)
+    assert verdict.right and "no gradient flows back to h" in verdict.message
+
+
+def test_a_right_value_with_another_gradient_is_right_with_a_remark():
+    assert SQUARE_SUM.check(lambda h: h.dot(h)).message == "Right."
+    verdict = SQUARE_SUM.check(lambda h: (h.detach() * h).sum())
+    assert verdict.right and "another one than the formula's to h" in verdict.message
+
+
+def test_accepts_may_say_what_is_wrong():
+    small = Exercise("1.1", lambda n: 1, (), "", ((9,),), accepts=lambda out, n: out < n or "Big.")
+    assert small.check(lambda n: 3).right
+    assert small.check(lambda n: 10).message == "Big. Case 1 of 1: answer(n=9) gave 10."
+
+
+TRUTHS = statements(
+    "1.1", "TFF", says=("(a) is true.", "(b) is false.", "(c) is false."), praise="Yes."
+)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "TFF",
+        "tff",
+        "T F F",
+        "T,F,F",
+        "true, false, false",
+        ["T", "F", "F"],
+        [True, False, False],
+        ("True", "False", "False"),
+        torch.tensor([True, False, False]),
+        lambda: "TFF",
+    ],
+)
+def test_true_or_false_may_be_written_in_many_ways(answer):
+    assert TRUTHS.check(answer).right
+
+
+def test_the_first_wrong_statement_is_named_and_the_word_never_shown():
+    assert TRUTHS.check("TTF").message == "(b) is false."
+    assert TRUTHS.check("TTT").message.startswith("(b) is false. (2 of the 3 are not right yet")
+    for answer in ("", "TF", "TFFF", "yes", 5, ["F"], object()):
+        verdict = TRUTHS.check(answer)
+        assert verdict.status == "wrong" and "3 letters" in verdict.message
+        assert "TFF" not in verdict.message
+
+
+FAULTY = which(
+    "1.1", options="ABCDE", right="BD", says={k: f"{k} is right." for k in "ACE"}, praise="Both."
+)
+
+
+@pytest.mark.parametrize(
+    "answer", ["BD", "DB", "b d", "B and D", "B, D", {"B", "D"}, ["d", "b"], ("B", "D")]
+)
+def test_letters_may_come_in_any_order_and_form(answer):
+    assert FAULTY.check(answer).right
+
+
+def test_a_letter_too_many_is_named_and_one_too_few_is_counted():
+    assert FAULTY.check("BE").message == "E is right." == FAULTY.check("BDE").message
+    assert "looking for 2 in all" in FAULTY.check("B").message
+    for answer in ("", "XY", 7, object(), []):
+        assert FAULTY.check(answer).status == "wrong" and "BD" not in FAULTY.check(answer).message
+
+
+def thrice(x):
+    return x + x + x
+
+
+TESTS = write_test(
+    "1.1",
+    good=(lambda x: 3 * x, thrice),
+    broken={
+        "square": (lambda x: x * x + 2, "At 1 and 2 the square plus 2 looks the same."),
+        "absolute": (lambda x: 3 * abs(x), "It forgets the sign."),
+    },
+    praise="It finds both.",
+)
+
+
+def test_a_test_must_find_the_faulty_and_pass_the_right():
+    def finds(f):
+        assert f(-5) == -15
+
+    assert TESTS.check(finds).right and TESTS.check(lambda f: f(-5) == -15).right
+    assert TESTS.check(lambda f: f(5) == 15).idea == "absolute"
+    assert TESTS.check(lambda f: f(1) == 3).idea == "square"
+    strict = TESTS.check(lambda f: f(2) == 7)
+    assert strict.status == "wrong" and "fails an implementation that is right" in strict.message
+    assert "raised AttributeError" in TESTS.check(lambda f: f.nothing).message
+    assert TESTS.check(lambda f: None).status == "not attempted" == TESTS.check(...).status
+    assert TESTS.check(True).status == "wrong"
+
+
 def test_a_verdict_shows_itself_as_text_and_as_escaped_html():
     verdict = Verdict("1.1", "not attempted", "a < b")
     assert repr(verdict) == "Exercise 1.1: not attempted. a < b"
@@ -269,6 +480,11 @@ def test_a_missing_package_is_not_taken_for_a_missing_chapter(monkeypatch):
     monkeypatch.setattr(checks, "import_module", import_module)
     with pytest.raises(ModuleNotFoundError, match="plotly"):
         exercises(1)
+
+
+def test_a_number_without_quotes_is_told_apart():
+    with pytest.raises(ValueError, match="in quotes"):
+        check(5.1, doubled)
 
 
 @pytest.mark.parametrize("number", ["1.99", "99.1", "one", "", "1"])

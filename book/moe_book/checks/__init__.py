@@ -2,9 +2,9 @@
 
 from importlib import import_module
 
-from .exercise import Exercise, Idea, Verdict
+from .exercise import Exercise, Idea, Verdict, statements, which, write_test
 
-__all__ = ["Exercise", "Idea", "Verdict", "check", "exercises"]
+__all__ = ["Exercise", "Idea", "Verdict", "check", "exercises", "statements", "which", "write_test"]
 
 
 def exercises(chapter: int) -> dict[str, Exercise]:
@@ -30,8 +30,10 @@ def check(number: str, answer) -> Verdict:
         A ``Verdict``: it shows itself as the last line of a cell, and ``verdict.right`` tells it to a program.
 
     Raises:
-        ValueError: there is no such exercise.
+        ValueError: there is no such exercise, or its number is no text.
     """
+    if not isinstance(number, str):
+        raise ValueError(f'write the number in quotes: check("{number}", ...)')
     chapter = number.split(".")[0]
     known = exercises(int(chapter)) if chapter.isdigit() else {}
     if number not in known:

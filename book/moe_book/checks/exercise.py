@@ -1,14 +1,27 @@
 """What an exercise is: cases, the right answer, and the wrong ideas that people really have."""
 
+import inspect
+import re
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import torch
 
-_NOTHING = (None, Ellipsis)
+from .answers import (
+    call,
+    copies,
+    differ,
+    gradient_stops,
+    is_nothing,
+    same,
+    show,
+    show_case,
+    show_error,
+)
+
+_UNKNOWN = "The checker does not recognise the idea behind it; the hints may help."
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,12 @@ class Exercise:
         cases: argument tuples the answer is called with; one empty tuple for an answer that is a value.
         praise: said when the answer is right: what it shows.
         tolerance: absolute and relative, for numbers.
-        accepts: accepts(output, *case) -> bool decides instead of comparing with ``right``, where many answers are right.
+        accepts: accepts(output, *case) decides instead of comparing with ``right``, where many answers are right: True, False, or a
+            text that says what is wrong.
+        unordered: the order along the last dimension does not count.
+        differentiable: name of the argument a gradient should flow back to. A right value that passes none is right, with a remark.
+        reads: turns what was handed in into what is compared, where it may be written in several ways; None for what it cannot read.
+        asks: what to hand in, said to those whose answer ``reads`` cannot read.
     """
 
     number: str
@@ -74,48 +92,98 @@ class Exercise:
     praise: str
     cases: tuple[tuple, ...] = ((),)
     tolerance: float = 1e-4
-    accepts: Callable[..., bool] | None = None
+    accepts: Callable[..., bool | str] | None = None
+    unordered: bool = False
+    differentiable: str | None = None
+    reads: Callable[[Any], Any] | None = None
+    asks: str = ""
 
     def check(self, answer: Any) -> Verdict:
         """Judge an answer; never raises for anything the answer does."""
-        try:
-            outputs = [_call(answer, case) for case in self.cases]
-        except NotImplementedError:
+        if is_nothing(answer):
             return self._not_attempted()
-        except (
-            Exception
-        ) as error:  # whatever a reader's code raises is news for the reader, not for us
-            return Verdict(
-                self.number, "wrong", f"Your code raised {type(error).__name__}: {error}"
+        if callable(self.right) and not callable(answer):
+            return self._wrong(
+                f"You handed in {show(answer)}. Hand in the function itself: its name, without brackets behind it."
             )
-        if all(_is_nothing(output) for output in outputs):
+        outputs = []
+        for case in self.cases:
+            try:
+                outputs.append(call(answer, case))
+            except NotImplementedError:
+                return self._not_attempted()
+            except (Exception, SystemExit) as error:  # news for the reader, not for us
+                return self._wrong(f"{show_error(error, answer)}.{self._place(answer, case)}")
+        if all(is_nothing(output) for output in outputs):
             return self._not_attempted()
-        verdicts = [self._accepted(output, case) for output, case in zip(outputs, self.cases)]
-        if all(verdicts):
-            return Verdict(self.number, "right", self.praise)
+        if self.reads is not None:
+            outputs = [self._read(output) for output in outputs]
+            if None in outputs:
+                return self._wrong(self.asks)
+        found = [self._accepted(output, case) for output, case in zip(outputs, self.cases)]
+        if all(one is True for one in found):
+            return Verdict(self.number, "right", self.praise + self._remark(answer))
         for idea in self.ideas:
             if all(
-                _same(output, _call(idea.answer, case), self.tolerance)
+                same(output, call(idea.answer, case), self.tolerance, self.unordered)
                 for output, case in zip(outputs, self.cases)
             ):
                 return Verdict(self.number, "wrong", idea.says, idea.name)
-        first = verdicts.index(False)
-        message = f"Case {first + 1} of {len(self.cases)}: got {_show(outputs[first])}"
-        if self.accepts is None:
-            message += f", expected {_show(_call(self.right, self.cases[first]))}"
-        return Verdict(
-            self.number,
-            "wrong",
-            message + ". The checker does not recognise the idea behind it; the hints may help.",
-        )
+        first = next(i for i, one in enumerate(found) if one is not True)
+        return self._wrong(self._unknown(answer, outputs[first], self.cases[first], found[first]))
 
-    def _accepted(self, output: Any, case: tuple) -> bool:
+    def _accepted(self, output: Any, case: tuple) -> bool | str:
         if self.accepts is None:
-            return _same(output, _call(self.right, case), self.tolerance)
+            return same(output, call(self.right, case), self.tolerance, self.unordered)
         try:
-            return not _is_nothing(output) and bool(self.accepts(output, *_copies(case)))
+            if is_nothing(output):
+                return False
+            found = self.accepts(output, *copies(case))
+            return found if isinstance(found, str) else bool(found)
         except Exception:  # an output of the wrong kind altogether
             return False
+
+    def _read(self, output: Any) -> Any:
+        try:
+            return self.reads(output)
+        except Exception:  # a thing of another kind
+            return None
+
+    def _unknown(self, answer: Any, output: Any, case: tuple, found: bool | str) -> str:
+        place = self._place(answer, case)
+        if isinstance(found, str):
+            return f"{found}{place} gave {show(output)}." if place else found
+        if not case:  # what is expected would be the solution
+            return f"{show(output)} is not right. {_UNKNOWN}"
+        if self.accepts is not None:
+            return f"{place.strip()} gave {show(output)}, which is not right. {_UNKNOWN}"
+        got, expected, remark = differ(output, call(self.right, case))
+        remark = remark and f" {remark}"
+        return f"{place.strip()} gave {got}, expected {expected}.{remark} {_UNKNOWN}"
+
+    def _place(self, answer: Any, case: tuple) -> str:
+        """Which case, and with which inputs; a text that begins with a blank, or nothing for a value."""
+        if not case:
+            return ""
+        number = next(i for i, one in enumerate(self.cases) if one is case) + 1
+        return f" Case {number} of {len(self.cases)}: {show_case(self.right, answer, case)}"
+
+    def _remark(self, answer: Any) -> str:
+        if self.differentiable is None:
+            return ""
+        at = list(inspect.signature(self.right).parameters).index(self.differentiable)
+        for case in self.cases:
+            if isinstance(case[at], torch.Tensor) and case[at].is_floating_point():
+                why = gradient_stops(answer, self.right, case, at, self.tolerance)
+                if why is not None:
+                    return (
+                        f" One remark: the value is right, but {why} to {self.differentiable}, so as a loss it would not train as it "
+                        "should. Stay with torch operations from the argument to the result: no .item(), .detach(), numpy or no_grad."
+                    )
+        return ""
+
+    def _wrong(self, message: str) -> Verdict:
+        return Verdict(self.number, "wrong", message)
 
     def _not_attempted(self) -> Verdict:
         return Verdict(
@@ -125,79 +193,141 @@ class Exercise:
         )
 
 
+# Kinds of exercises whose answer is not a function
+
+
+def statements(number: str, word: str, *, says: tuple[str, ...], praise: str) -> Exercise:
+    """True or false: the answer is a word such as "TFF", or a list of letters or booleans.
+
+    Args:
+        word: the right letters. says: for each statement why it is what it is, and where to reread.
+    """
+    letters = "abcdefghijkl"[: len(word)]
+    assert len(says) == len(word), (number, len(says))
+
+    def read(answer):
+        said = _letters(answer)
+        return said if len(said) == len(word) and set(said) <= {"T", "F"} else None
+
+    def first_wrong(said):
+        wrong = [i for i in range(len(word)) if said[i] != word[i]]
+        if not wrong:
+            return True
+        rest = f" ({len(wrong)} of the {len(word)} are not right yet; this is the first.)"
+        return says[wrong[0]] + (rest if len(wrong) > 1 else "")
+
+    flip = {"T": "F", "F": "T"}
+    ideas = tuple(
+        Idea(f"({letters[i]})", word[:i] + flip[word[i]] + word[i + 1 :], says[i])
+        for i in range(len(word))
+    )
+    asks = f"Hand in {len(word)} letters, T or F for each of ({letters[0]}) to ({letters[-1]}), such as {('TF' * len(word))[: len(word)]!r}."
+    return Exercise(number, word, ideas, praise, accepts=first_wrong, reads=read, asks=asks)
+
+
+def which(number: str, *, options: str, right: str, says: dict[str, str], praise: str) -> Exercise:
+    """Find the faulty ones: the answer is their letters, as a word, a list or a set, in any order.
+
+    Args:
+        options: all letters, "ABCDE". right: those that are to be found. says: for each of the others, why it is not one of them.
+    """
+    assert set(says) >= set(options) - set(right), (number, sorted(says))
+
+    def read(answer):
+        found = _letters(answer)
+        return "".join(sorted(set(found))) if found and set(found) <= set(options) else None
+
+    def judge(found):
+        accused = sorted(set(found) - set(right))
+        if accused:
+            return says[accused[0]]
+        return True if set(found) == set(right) else missing
+
+    missing = f"What you named is right, and you are looking for {len(right)} in all. Try the others on an input of your own."
+    ideas = tuple(
+        Idea(f"{letter} named", "".join(sorted(right[1:] + letter)), says[letter])
+        for letter in options
+        if letter not in right
+    )
+    if len(right) > 1:
+        ideas += (Idea("one missing", right[0], missing),)
+    asks = f"Hand in letters out of {options}, such as {options[:2]!r}."
+    right = "".join(sorted(right))
+    return Exercise(number, right, ideas, praise, accepts=judge, reads=read, asks=asks)
+
+
 def flipped(statements: str) -> list[str]:
     """Answers to true-or-false statements, such as "TFF", each with one place wrong: "FFF", "TTF", "TFT"."""
     other = {"T": "F", "F": "T"}
     return [statements[:i] + other[said] + statements[i + 1 :] for i, said in enumerate(statements)]
 
 
-def _call(answer: Any, case: tuple) -> Any:
-    return answer(*_copies(case)) if callable(answer) else answer
+def _letters(answer: Any) -> str:
+    """The letters of "T F T", "t,f,t", ["T", "F"], [True, False], "true, false", {"B", "D"} in upper case."""
+    if hasattr(answer, "tolist"):
+        answer = answer.tolist()
+    words = re.findall(r"\w+", answer) if isinstance(answer, str) else [str(w) for w in answer]
+    if len(words) == 1:
+        words = list(words[0])
+    words = [word.strip().upper() for word in words]
+    return "".join({"TRUE": "T", "FALSE": "F", "AND": ""}.get(word, word) for word in words)
 
 
-def _copies(case: tuple) -> list:
-    """Fresh arguments for every call, so that an answer that writes into its input harms nobody."""
-    return [
-        item.detach().clone() if isinstance(item, torch.Tensor) else deepcopy(item) for item in case
-    ]
+def write_test(
+    number: str, *, good: tuple[Callable, ...], broken: dict[str, tuple[Callable, str]], praise: str
+) -> Exercise:
+    """Write a test: the answer is a function of an implementation that raises or returns False when the implementation is faulty.
 
-
-def _is_nothing(output: Any) -> bool:
-    return any(output is nothing for nothing in _NOTHING)
-
-
-def _same(a: Any, b: Any, tolerance: float) -> bool:
-    """Equal as text, or as numbers of the same shape within the tolerance; tuples and dicts item by item."""
-    try:
-        return _equal(a, b, tolerance)
-    except (
-        Exception
-    ):  # not comparable at all, such as a meta tensor or an object of the reader's own
-        return False
-
-
-def _equal(a: Any, b: Any, tolerance: float) -> bool:
-    if isinstance(a, str) or isinstance(b, str):
-        return (
-            isinstance(a, str)
-            and isinstance(b, str)
-            and a.strip().casefold() == b.strip().casefold()
-        )
-    if isinstance(b, dict):
-        return (
-            isinstance(a, dict)
-            and a.keys() == b.keys()
-            and all(_equal(a[key], b[key], tolerance) for key in b)
-        )
-    if isinstance(b, tuple):
-        a = (
-            a.tolist() if isinstance(a, torch.Tensor) and a.ndim else a
-        )  # several numbers may come as one tensor
-        return (
-            isinstance(a, (tuple, list))
-            and len(a) == len(b)
-            and all(_equal(x, y, tolerance) for x, y in zip(a, b))
-        )
-    a, b = torch.as_tensor(a).detach().cpu().double(), torch.as_tensor(b).detach().cpu().double()
-    return a.shape == b.shape and torch.allclose(
-        a, b, rtol=tolerance, atol=tolerance, equal_nan=True
+    Args:
+        good: right implementations, which a test must let pass.
+        broken: name -> (faulty implementation, what is wrong with it and how a test would see it), which it must find.
+    """
+    return _WriteTest(
+        number,
+        lambda implementation: implementation in good,
+        tuple(
+            Idea(name, lambda one, missed=faulty: one in good or one is missed, says)
+            for name, (faulty, says) in broken.items()
+        ),
+        praise,
+        cases=tuple((one,) for one in (*good, *(faulty for faulty, _ in broken.values()))),
     )
 
 
-def _show(output: Any) -> str:
-    """Short and the same on every machine: numbers to three digits; never raises, whatever the output is."""
-    try:
-        text = _text(output)
-    except Exception:  # a meta tensor, a list that holds itself, a __repr__ that fails
-        text = f"a {type(output).__name__}"
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _text(output: Any) -> str:
-    if isinstance(output, torch.Tensor):
-        output = output.detach().tolist()
-    if isinstance(output, float):
-        return f"{output:.3g}"
-    if isinstance(output, (list, tuple)):
-        return "[" + ", ".join(map(_text, output)) + "]"
-    return str(output)
+class _WriteTest(Exercise):
+    def check(self, answer: Any) -> Verdict:
+        if is_nothing(answer):
+            return self._not_attempted()
+        if not callable(answer):
+            return self._wrong(
+                f"You handed in {show(answer)}. Hand in the test itself: the function's name, without brackets behind it."
+            )
+        errors, outputs = [], []
+        for (implementation,) in self.cases:
+            try:
+                outputs.append(answer(implementation))
+                errors.append(None)
+            except NotImplementedError:
+                return self._not_attempted()
+            except (Exception, SystemExit) as error:
+                outputs.append(False)
+                errors.append(error)
+        if all(is_nothing(output) for output in outputs):
+            return Verdict(
+                self.number,
+                "not attempted",
+                "No implementation fails your test yet: let it raise (assert) or return False where one is wrong.",
+            )
+        try:
+            passed = [is_nothing(output) or bool(output) for output in outputs]
+        except Exception:  # neither true nor false
+            return self._wrong("Let your test return True or False, or raise.")
+        n_good = sum(bool(self.right(one)) for (one,) in self.cases)
+        if not all(passed[:n_good]):
+            error = errors[passed.index(False)]
+            why = "It returned False" if error is None else show_error(error, answer)
+            return self._wrong(f"Your test fails an implementation that is right. {why}.")
+        if any(passed[n_good:]):
+            idea = self.ideas[passed[n_good:].index(True)]
+            return Verdict(self.number, "wrong", idea.says, idea.name)
+        return Verdict(self.number, "right", self.praise)

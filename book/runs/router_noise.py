@@ -166,7 +166,7 @@ def verdicts(results: dict) -> dict:
             key: torch.tensor([one[key][-1] for one in results[name]])
             for key in ("variation", "valid_loss")
         }
-        for name in [*TOP1, *TOP2]
+        for name in [*TOP1, "noise, no loss", "noise, both losses"]
     }
     bare, kept = every["noise, no loss"], every["noise, both losses"]
     even, lower = (

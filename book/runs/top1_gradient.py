@@ -143,7 +143,8 @@ def verdicts(results: dict) -> dict:
     ratio = (norms["renormalised"] / norms["weight p"]).max().item()
     most, least = norms["renormalised"].max().item(), norms["weight p"].min().item()
     final = {
-        name: torch.tensor([one["valid_loss"][-1] for one in results[name]]) for name in ROUTERS
+        name: torch.tensor([one["valid_loss"][-1] for one in results[name]])
+        for name in ("weight p", "renormalised", "weight 1, gradient of p")
     }
     behind = final["renormalised"] - final["weight 1, gradient of p"]
     behind_p = (final["renormalised"] - final["weight p"]).mean().item()

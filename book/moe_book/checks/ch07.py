@@ -52,7 +52,17 @@ def _largest_other(H_TE, K):
 _clean = 1.5 * torch.randn(40, 4, generator=_generator)
 _std = 0.3 + torch.rand(40, 4, generator=_generator)
 _noise = torch.randn(40, 4, generator=_generator)
-_LOAD = ((_clean, _std, _noise, 2), (_clean, _std, _noise, 1), (_clean + 3, 2 * _std, _noise, 3))
+_LOAD = (
+    (
+        torch.tensor([[2.0, 1.0, 0.0], [0.5, 1.0, -1.0]]),
+        torch.tensor([[1.0, 1.0, 1.0], [0.5, 2.0, 1.0]]),
+        torch.tensor([[-0.2, 1.3, -0.4], [1.0, -0.5, 0.5]]),
+        1,
+    ),
+    (_clean, _std, _noise, 2),
+    (_clean, _std, _noise, 1),
+    (_clean + 3, 2 * _std, _noise, 3),
+)
 
 
 def _load(h_TE, std_TE, epsilon_TE, K):
@@ -345,7 +355,7 @@ EXERCISES = (
     Exercise(
         "7.3",
         right=_noise_scale,
-        cases=((1.0, 0.24), (1.0, 0.0786), (2.0, 0.1), (0.5, 0.01)),
+        cases=((2.0, 0.1), (1.0, 0.24), (1.0, 0.0786), (0.5, 0.01)),
         praise="Read backwards, the formula measures noise that nobody wrote down: the visits tell the ratio of gap and noise.",
         ideas=(
             Idea(

@@ -10,16 +10,15 @@ from .ch02 import dots
 from .lines import curves
 
 LOSS = "held-out loss (nats per byte)"
-TOP1_RANGE = (2.0, 2.7)  # holds every seed of the stored run
 TOP1_SHOWS = {  # what is shown -> the sentence below it
     "router's gradient": "Four seeds each. The gradient is that of the language model's loss alone, "
     "the balance loss left out.",
     "tokens that change experts": "Four seeds each. The share of one held-out batch that another expert serves than 25 steps before.",
     "held-out loss at the end": "Four seeds each, 300 steps. Further left is better.",
 }
-NOISE_SHOWS = {  # what is shown -> key of the run, title and range of the axis
-    "spread of the load": ("variation", "coefficient of variation", (0, 1.4)),
-    "held-out loss": ("valid_loss", LOSS, (2.0, 2.5)),
+NOISE_SHOWS = {  # what is shown -> key of the run, title and range of the axis, None for that of the data
+    "spread of the load": ("variation", "coefficient of variation", (0, 2.0)),
+    "held-out loss": ("valid_loss", LOSS, None),
     "tokens that change experts": ("moved", "share of tokens", (-0.05, 1.05)),
 }
 
@@ -184,7 +183,7 @@ def top1(runs: dict[str, list[dict]], show: str) -> go.Figure:
     """The stored run of top-1 routers: the gradient of three over steps, how many tokens change experts, or every router's loss at the end."""
     if show == "held-out loss at the end":
         final = {name: [one["valid_loss"][-1] for one in seeds] for name, seeds in runs.items()}
-        return dots(final, x_title=LOSS, x_range=TOP1_RANGE)
+        return dots(final, x_title=LOSS, x_range=_around(final))
     if show == "tokens that change experts":
         names = ("weight p", "renormalised", "frozen, weight 1", "renormalised, no balance loss")
         return curves(
@@ -228,11 +227,20 @@ def capacity(runs: dict[str, list[dict]], show: str) -> go.Figure:
             final[label] = [one["valid_loss"][-1] for one in seeds]
         else:
             final[f"trained at {name}"] = [one["loss_by_eval_factor"][factor] for one in seeds]
-    return dots(final, x_title=LOSS, rows=6, x_range=(1.9, 2.6 if factor == "0.5" else 2.2))
+    return dots(final, x_title=LOSS, rows=6, x_range=_around(final))
 
 
 def noise(runs: dict[str, list[dict]], show: str) -> go.Figure:
     """The stored run of noisy routers at its end. show: one of NOISE_SHOWS."""
     key, title, limits = NOISE_SHOWS[show]
     final = {name: [one[key][-1] for one in seeds] for name, seeds in runs.items()}
-    return dots(final, x_range=limits, rows=4, x_title=title)
+    return dots(final, x_range=limits or _around(final), rows=max(3, len(runs)), x_title=title)
+
+
+def _around(groups: dict[str, list[float]]) -> tuple[float, float]:
+    """A range that holds every value, in whole hundredths."""
+    values = [value for group in groups.values() for value in group]
+    margin = 0.08 * (max(values) - min(values)) + 0.01
+    return math.floor(100 * (min(values) - margin)) / 100, math.ceil(
+        100 * (max(values) + margin)
+    ) / 100

@@ -73,6 +73,11 @@ def text_of(text: Corpus) -> dict:
     }
 
 
+def same_text(text: Corpus, name: str = "first_run") -> bool:
+    """Whether this is the text a stored run had. Another release of Python holds another: what is trained on it ends elsewhere."""
+    return load(name)["text"] == text_of(text)
+
+
 def load(name: str) -> dict:
     """Read ``book/runs/NAME.json``.
 

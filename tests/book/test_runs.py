@@ -114,8 +114,9 @@ def test_a_run_keeps_the_hash_and_the_size_of_its_text():
     text = from_texts({"a": bytes(2000)})
     runs.save("a", config={}, seeds=[0, 1, 2], results={}, text=text)
     assert runs.load("a")["text"] == {"sha256": text.sha256[:16], "bytes": {"a": 1620}}
+    assert runs.same_text(text, "a") and not runs.same_text(from_texts({"a": bytes(2001)}), "a")
     runs.save("a", config={}, seeds=[0, 1, 2], results={})
-    assert runs.load("a")["text"] is None
+    assert runs.load("a")["text"] is None and not runs.same_text(text, "a")
 
 
 def test_all_stored_runs_with_text_had_the_same():

@@ -3,7 +3,7 @@
 Each step reads three micro-batches, one of each domain of the corpus. The balance loss is computed with the shares f of each micro-batch, or
 with those of all three together; nothing else differs.
 
-Run it with `python book/runs/global_batch.py` (about two minutes on one quiet CPU core); chapter 5 shows global_batch.json.
+Run it with `python book/runs/global_batch.py` (about four minutes on one quiet CPU core); chapter 5 shows global_batch.json.
 """
 
 import math
@@ -21,7 +21,7 @@ from moe_book.training import evaluate
 from moe_core import LanguageModel, LMConfig, MoEConfig, losses, metrics
 from moe_core.lm import next_token_loss
 
-SEEDS = [0, 1, 2]
+SEEDS = [0, 1, 2, 3, 4]
 SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
 CONFIG = {
     **SIZES,

@@ -1,7 +1,7 @@
 """The same balance loss on other libraries' scales.
 
 A coefficient copied from one library to another changes its strength by K or by E^2. What is
-counted differs, too: fairscale, GShard, and DeepSpeed for top-2, count first choices.
+counted differs, too: fairscale, GShard, Tutel, and DeepSpeed for top-2, count first choices.
 """
 
 from ..validate import one_of, top_k_fits

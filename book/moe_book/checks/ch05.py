@@ -2,7 +2,7 @@
 
 import torch
 
-from .exercise import Exercise, Idea, flipped
+from .exercise import Exercise, Idea, statements, which, write_test
 
 _generator = torch.Generator().manual_seed(5)
 _h = 2 * torch.randn(7, 4, generator=_generator)
@@ -30,23 +30,29 @@ def _chosen_softmax(h_TE, K):
     return torch.softmax(h_TE.masked_fill(_choices(h_TE, K) == 0, -torch.inf), -1)
 
 
-# 5.2: its gradient
-def _gradient(h_TE, K):
-    p_TE, f_E = torch.softmax(h_TE, -1), _choices(h_TE, K).mean(0) / K
-    expected_T1 = (p_TE * f_E).sum(-1, keepdim=True)
-    return h_TE.shape[1] / len(h_TE) * p_TE * (f_E - expected_T1)
+# 5.2: the gradient of E sum P^2
+def _squares_gradient(h_TE, *, mean=lambda p_TE, P_E: (p_TE * P_E).sum(-1, keepdim=True)):
+    p_TE = torch.softmax(h_TE, -1)
+    P_E = p_TE.mean(0)
+    return 2 * h_TE.shape[1] / len(h_TE) * p_TE * (P_E - mean(p_TE, P_E))
 
 
-def _no_coupling(h_TE, K):
-    return h_TE.shape[1] / len(h_TE) * torch.softmax(h_TE, -1) * _choices(h_TE, K).mean(0) / K
+def _scaled(gradient, by):
+    return lambda h_TE: gradient(h_TE) * by(h_TE)
 
 
-def _no_softmax(h_TE, K):
-    return (h_TE.shape[1] / len(h_TE) * _choices(h_TE, K).mean(0) / K).expand_as(h_TE)
+def _with_mean(mean):
+    return lambda h_TE: _squares_gradient(h_TE, mean=mean)
 
 
-def _only_chosen(h_TE, K):
-    return _gradient(h_TE, K) * _choices(h_TE, K)
+def _of_balance(h_TE):
+    p_TE, f_E = torch.softmax(h_TE, -1), _choices(h_TE, 1).mean(0)
+    return h_TE.shape[1] / len(h_TE) * p_TE * (f_E - (p_TE * f_E).sum(-1, keepdim=True))
+
+
+def _by_probabilities(h_TE):
+    P_E = torch.softmax(h_TE, -1).mean(0)
+    return (2 * h_TE.shape[1] / len(h_TE) * P_E).expand_as(h_TE)
 
 
 # 5.3: many layers, and padding
@@ -68,72 +74,70 @@ def _padding_in_scores(layers, real_T):
     ).mean()
 
 
-# 5.4: other libraries' coefficients
-_VALUE = {
-    "huggingface": lambda E, K: K,
-    "fairscale": lambda E, K: 1 / E**2,
-    "megatron": lambda E, K: 1,
-}
-_COEFFICIENTS = (
-    (0.01, "huggingface", 8, 2),
-    (0.001, "huggingface", 128, 8),
-    (0.64, "fairscale", 8, 1),
-    (0.02, "megatron", 64, 6),
+def _zeroed(layers, real_T):
+    return torch.stack([_balance(h_TE * real_T[:, None], 1) for h_TE in layers]).mean()
+
+
+def _layers_with(loss):
+    return lambda layers, real_T: torch.stack([loss(h_TE[real_T], 1) for h_TE in layers]).mean()
+
+
+# 5.4: one GPU's part of the global batch
+def _part(
+    share=lambda counts, h, K: counts / counts.sum(),
+    scores=lambda p, counts, K: p.sum(0) / (counts.sum() / K),
+    scale=lambda h: h.shape[1],
+):
+    def part(h_TE, K, counts_E):
+        p_TE, counts_E = torch.softmax(h_TE, -1), counts_E.to(h_TE)
+        return scale(h_TE) * (share(counts_E, h_TE, K) * scores(p_TE, counts_E, K)).sum()
+
+    return part
+
+
+def _own_share(counts, h_TE, K):
+    return _choices(h_TE, K).mean(0) / K
+
+
+def _parts(micro, K):
+    """A case for each of the micro-batches."""
+    counts_E = sum(_choices(h_TE, K).sum(0) for h_TE in micro).long()
+    return tuple((h_TE, K, counts_E) for h_TE in micro)
+
+
+_part_cases = (
+    *_parts([_h + 3 * torch.eye(4)[0], _h[:3] - 2 * torch.eye(4)[0]], 2),
+    *_parts([3 * torch.eye(3)[[0, 0, 0, 1]], 3 * torch.eye(3)[[2]]], 1),
 )
 
 
-def _coefficient(convert):
-    return lambda coefficient, convention, E, K: convert(
-        coefficient, _VALUE[convention](E, K), convention, E
-    )
+# 5.6: faulty losses for a test to find
+def _by_counting(h_TE, K):
+    E = h_TE.shape[1]
+    counts_E = torch.bincount(h_TE.topk(K).indices.flatten(), minlength=E).to(h_TE)
+    return E * (counts_E / counts_E.sum()) @ torch.softmax(h_TE, -1).mean(0)
 
 
-# 5.6: z-loss
-_z_cases = (
-    (torch.zeros(3, 8), torch.tensor([True, True, False])),
-    (_h, torch.tensor([True, False, True, True, True, False, True])),
-    (_skewed + 3, torch.ones(9, dtype=torch.bool)),
-    (torch.cat([_h[:4] - 2, torch.zeros(4, 4)]), torch.arange(8) < 4),
-)
+def _constant(h_TE, K):
+    return 1 + 0 * h_TE.sum()
 
 
-def _z(prepare=lambda h: h, reduce=lambda z, real: z[real].square().mean()):
-    return lambda h_TE, real_T: reduce(torch.logsumexp(prepare(h_TE), -1), real_T)
+def _no_gradient(h_TE, K):
+    return _balance(h_TE.detach(), K)
 
 
-# 5.7: micro-batches
-_micro = ([_h + 3 * torch.eye(4)[0], _h[:3] - 2 * torch.eye(4)[0]], 2)
-_one_each = ([3 * torch.eye(3)[[0, 0, 0, 1]], 3 * torch.eye(3)[[2]]], 1)
+_of_tokens = _loss(share=lambda h, K: _choices(h, K).mean(0))
+_top_only = _loss(score=lambda h, K: _chosen_softmax(h, K).mean(0))
+_twice = _loss(score=lambda h, K: torch.softmax(torch.softmax(h, -1), -1).mean(0))
+_squares = _loss(share=lambda h, K: torch.softmax(h, -1).mean(0))
+_counts_only = _loss(score=lambda h, K: _choices(h, K).mean(0) / K)
+_first_only = _loss(share=lambda h, K: _choices(h, 1).mean(0))
 
 
-def _global(micro, K):
-    return _balance(torch.cat(micro), K)
-
-
-def _mean_of_losses(micro, K):
-    return torch.stack([_balance(h_TE, K) for h_TE in micro]).mean()
-
-
-def _unweighted(shares, scores):
-    def loss(micro, K):
-        every = torch.cat(micro)
-        f_E = (
-            torch.stack([_choices(h, K).mean(0) / K for h in micro]).mean(0)
-            if shares
-            else _choices(every, K).mean(0) / K
-        )
-        P_E = (
-            torch.stack([torch.softmax(h, -1).mean(0) for h in micro]).mean(0)
-            if scores
-            else torch.softmax(every, -1).mean(0)
-        )
-        return every.shape[1] * (f_E * P_E).sum()
-
-    return loss
-
-
-_STATEMENTS = "FFFTFT"
-_flipped = flipped(_STATEMENTS)
+def _weights_for_counts(h_TE, K):
+    """f from the chosen probabilities instead of the counts."""
+    f_E = (torch.softmax(h_TE, -1) * _choices(h_TE, K)).mean(0)
+    return _loss(share=lambda h, K: f_E / f_E.sum())(h_TE, K)
 
 
 EXERCISES = (
@@ -141,6 +145,7 @@ EXERCISES = (
         "5.1",
         right=_balance,
         cases=((_h, 1), (_h, 2), (_skewed, 3)),
+        differentiable="h_TE",
         praise="Counts for f, all probabilities for P, times E: 1 at perfect balance, whatever E and K are.",
         ideas=(
             Idea(
@@ -178,47 +183,94 @@ EXERCISES = (
             ),
             Idea(
                 "first choices only",
-                _loss(share=lambda h, K: _choices(h, 1).mean(0)),
+                _first_only,
                 "You counted first choices only. GShard does so; "
                 "here all K slots of a token count. Reread section 5.5.",
+            ),
+            Idea(
+                "scores alone",
+                _squares,
+                "You squared the mean probabilities: no count is in it. Where the router is undecided, all P are about 1/E, and the "
+                "loss hardly knows who is busy. One of the two factors is the share of slots. Reread section 5.3.",
+            ),
+            Idea(
+                "counts alone",
+                _counts_only,
+                "You squared the shares of slots. Counts have no gradient, so this loss measures and teaches nothing. One of the two "
+                "factors is the mean probability. Reread section 5.3.",
+            ),
+            Idea(
+                "chosen weights as counts",
+                _weights_for_counts,
+                "Your f adds up the probabilities of the chosen experts. It should count slots: one for each choice, however "
+                "unsure. Reread section 5.3.",
+            ),
+            Idea(
+                "softmax of the mean",
+                _loss(score=lambda h, K: torch.softmax(h.mean(0), -1)),
+                "You averaged the logits over tokens and took one softmax. Tokens of opposite opinions then cancel. Softmax first, "
+                "token by token, then the mean. Reread section 5.3.",
             ),
         ),
     ),
     Exercise(
         "5.2",
-        right=_gradient,
-        cases=((_h, 1), (_h, 2), (_skewed, 2)),
-        praise="Each logit is compared with the load that this token expects to meet. At perfect balance nothing is left to compare.",
+        right=_squares_gradient,
+        cases=((_h,), (_skewed,), (_h[:3] - 1,)),
+        praise="The same bracket as in 5.4 with P in the place of f, and a 2 from the square: the price is the mean probability.",
         ideas=(
             Idea(
-                "no coupling",
-                _no_coupling,
-                "You have E/T times p times f, so every logit of every token falls, even that of an idle "
-                "expert. Probabilities sum to 1: what one loses the others gain. That is the term minus the sum of f p. Reread section 5.4.",
+                "no 2",
+                _scaled(_squares_gradient, lambda h: 0.5),
+                "Half of what it should be. In E sum f P only P has a gradient; in a square both factors are P, and each gives its "
+                "part. That is the 2 of d(P^2)/dP = 2 P.",
             ),
             Idea(
-                "no softmax",
-                _no_softmax,
-                "That is the gradient by the probabilities, not by the logits. The chain rule goes on through the "
-                "softmax: times p, and minus the token's own mean. Reread section 5.4.",
+                "counts as prices",
+                _of_balance,
+                "That is the gradient of the balance loss: your prices are the shares f. This loss has no counts; the price of expert "
+                "e is what E P^2 gives when you derive it by P.",
+            ),
+            Idea(
+                "no E",
+                lambda h_TE: _squares_gradient(h_TE) / h_TE.shape[1],
+                "The factor E of the loss is missing: E times too small. A derivative keeps constant factors.",
             ),
             Idea(
                 "sum over tokens",
-                lambda h_TE, K: _gradient(h_TE, K) * len(h_TE),
-                "T times too large: P is a mean over the T tokens, so "
-                "each of them has a share of 1/T. Reread section 5.4.",
+                _scaled(_squares_gradient, len),
+                "T times too large: P is a mean over the T tokens, so a probability of one of them has a share of 1/T in it. "
+                "Reread section 5.4.",
             ),
             Idea(
                 "downhill",
-                lambda h_TE, K: -_gradient(h_TE, K),
-                "That is where descent goes, minus the gradient. A busy expert's logit "
-                "has a positive gradient: raising it would raise the loss. Reread section 5.4.",
+                _scaled(_squares_gradient, lambda h: -1),
+                "That is where descent goes, minus the gradient. The logit of an expert with a large P has a positive gradient: "
+                "raising it would raise the loss.",
             ),
             Idea(
-                "chosen experts only",
-                _only_chosen,
-                "You set the gradient of the experts a token did not choose to zero. P is a mean "
-                "over all experts' probabilities: that is how an idle one hears of it. Reread section 5.3.",
+                "no coupling",
+                _with_mean(lambda p, P: 0.0),
+                "You have price times p, so every logit of every token falls. Probabilities sum to 1: what one loses the others "
+                "gain. That is the second half of the softmax's derivative. Reread section 5.4.",
+            ),
+            Idea(
+                "by probabilities",
+                _by_probabilities,
+                "That is the gradient by the probabilities, not by the logits. The chain rule goes on through the softmax: times p, "
+                "and minus the token's own mean. Reread section 5.4.",
+            ),
+            Idea(
+                "everybody's mean",
+                _with_mean(lambda p, P: P.square().sum()),
+                "The bracket subtracts the sum of P_j P_j, the same for all tokens. Each token has its own expected price, with its "
+                "own probabilities: the sum of P_j p_tj. Reread section 5.4.",
+            ),
+            Idea(
+                "minus the even share",
+                _with_mean(lambda p, P: 1 / p.shape[1]),
+                "The bracket subtracts 1/E. A token compares an expert's price with what it expects to pay itself, the sum of "
+                "P_j p_tj. Reread section 5.4.",
             ),
         ),
     ),
@@ -258,182 +310,173 @@ EXERCISES = (
                 "You added up the layers. That is a fair "
                 "choice, many libraries make it, but here the mean is asked for: with a sum the value at balance is the number of layers.",
             ),
+            Idea(
+                "padding zeroed",
+                _zeroed,
+                "You multiplied the logits by the mask. A padding token then has zero logits, and still chooses an expert and has "
+                "probabilities of 1/E. Leave it out altogether: h[real]. Reread section 5.6.",
+            ),
+            Idea(
+                "scores alone",
+                _layers_with(_squares),
+                "Layers and padding are right, but your loss squares the mean probabilities. One of the factors is the share of "
+                "slots. Reread section 5.3.",
+            ),
+            Idea(
+                "no E",
+                _layers_with(_loss(scale=lambda h: 1)),
+                "Layers and padding are right, but the factor E is missing: at balance your loss is 1/E. Reread section 5.3.",
+            ),
         ),
     ),
     Exercise(
         "5.4",
-        right=_coefficient(lambda c, value, name, E: c * value),
-        cases=_COEFFICIENTS,
-        tolerance=1e-9,
-        praise="Coefficient times value at balance stays the same: that product is the real strength.",
+        right=_part(),
+        cases=_part_cases,
+        differentiable="h_TE",
+        praise="The counts of all and the probabilities of your own: E whole numbers have travelled, and each token weighs the same.",
         ideas=(
             Idea(
-                "wrong direction",
-                _coefficient(lambda c, value, name, E: c / value),
-                "You divided where you should multiply. Their loss is "
-                "`value` times ours, so to pull as hard with ours, the coefficient has to be `value` times theirs. Reread section 5.5.",
+                "own mean",
+                _part(scores=lambda p, counts, K: p.mean(0)),
+                "You took the mean over your own tokens, so the parts add up to as many losses as there are GPUs, and tokens of a "
+                "short micro-batch weigh more. Divide by the number of all tokens; the counts hold it.",
             ),
             Idea(
-                "same number",
-                _coefficient(lambda c, value, name, E: c),
-                "You copied the number. Their loss has another size than ours, so "
-                "the same number pulls K times or E^2 times harder or softer. Reread section 5.5.",
+                "own counts",
+                _part(share=_own_share),
+                "Your f comes from this micro-batch alone: that asks each of them to be balanced by itself, which forbids a router "
+                "to know its subjects. f is the share in all counts. Reread section 5.6.",
             ),
             Idea(
-                "E once",
-                _coefficient(lambda c, value, name, E: c / E if name == "fairscale" else c * value),
-                "Fairscale takes a mean over "
-                "experts of f P without the factor E. That loses E twice: 1/E^2 at balance. Reread section 5.5.",
+                "own loss",
+                lambda h_TE, K, counts_E: _balance(h_TE, K),
+                "That is the loss of your own micro-batch; counts_E is not used. Each micro-batch then has to be balanced by itself. "
+                "Reread section 5.6.",
             ),
-        ),
-    ),
-    Exercise(
-        "5.5",
-        right=lambda load_E: load_E.var(correction=0) / load_E.mean() ** 2,
-        cases=(
-            (torch.tensor([4.0, 2.0, 1.0, 1.0]),),
-            (torch.tensor([3.0, 3.0, 3.0]),),
-            (torch.tensor([8.0, 0.0, 0.0, 0.0, 2.0]),),
-        ),
-        praise="0.375 for [4, 2, 1, 1], and E - 1 when one expert has everything.",
-        ideas=(
             Idea(
-                "unbiased",
-                lambda load_E: load_E.var() / load_E.mean() ** 2,
-                "You divided by E - 1, torch's default. The experts are all "
-                "there are, not a sample of more: divide by E, with correction=0. For [4, 2, 1, 1] that is 0.375 and not 0.5. "
+                "slots for tokens",
+                _part(scores=lambda p, counts, K: p.sum(0) / counts.sum()),
+                "You divided the probabilities by the number of slots. A token has K of them: for K = 2 your parts add up to half. "
+                "How many tokens are there, if the counts add up to so many slots?",
+            ),
+            Idea(
+                "share of tokens",
+                _part(share=lambda counts, h, K: counts / (counts.sum() / K)),
+                "Your f is a share of tokens and sums to K: the scale of the Mixtral family. Ours is a share of slots. "
                 "Reread section 5.5.",
             ),
             Idea(
-                "not squared",
-                lambda load_E: load_E.std(correction=0) / load_E.mean(),
-                "That is the coefficient of variation itself. The "
-                "loss is its square: variance over squared mean. Reread section 5.5.",
+                "no E",
+                _part(scale=lambda h: 1),
+                "The factor E is missing: at perfect balance your parts add up to 1/E. Reread section 5.3.",
             ),
             Idea(
-                "variance",
-                lambda load_E: load_E.var(correction=0),
-                "A variance grows with the number of tokens. Divide by the squared mean "
-                "and it does not. Reread section 5.5.",
-            ),
-            Idea(
-                "mean not squared",
-                lambda load_E: load_E.var(correction=0) / load_E.mean(),
-                "Variance over mean still grows with the "
-                "number of tokens: divide by the square of the mean. Reread section 5.5.",
+                "sum of probabilities",
+                _part(scores=lambda p, counts, K: p.sum(0)),
+                "P is a mean over all tokens; you only added up. Divide by their number, which the counts hold.",
             ),
         ),
     ),
-    Exercise(
+    which(
+        "5.5",
+        options="ABCDE",
+        right="BD",
+        says={
+            "A": "A is right. The mean over tokens *and* slots of one-hot rows is the share of slots: that is the division by K.",
+            "C": "C is right. A token's K largest probabilities are its choices, and E / K holds both factors.",
+            "E": "E is right. The probabilities of T tokens add up to T, so dividing by both sums gives f and P.",
+        },
+        praise="B takes the softmax of a mean, so tokens of opposite opinions cancel. D adds up weights where it should count.",
+    ),
+    write_test(
         "5.6",
-        right=_z(),
-        cases=_z_cases,
-        praise="Zero logits give (ln E)^2, a shift changes it, and padding has no say.",
-        ideas=(
-            Idea(
-                "of probabilities",
-                _z(prepare=lambda h: torch.softmax(h, -1)),
-                "You took the logsumexp of probabilities. They lie between "
-                "0 and 1 whatever the logits do, so this loss sees nothing of their size. Use the logits. Reread section 5.7.",
+        good=(_balance, _by_counting),
+        broken={
+            "constant": (
+                _constant,
+                "Your test lets a loss pass that is 1 whatever the router does (an early Mixtral loss was such a constant). Try "
+                "logits that are not balanced.",
             ),
-            Idea(
-                "padding counted",
-                _z(reduce=lambda z, real: z.square().mean()),
-                "Padding took part: a padding token with zeroed logits adds "
-                "(ln E)^2 and pulls nothing. Average over the real tokens. Reread section 5.7.",
+            "no gradient": (
+                _no_gradient,
+                "Your test lets a loss pass whose value is right and through which no gradient flows. Ask for the gradient by the "
+                "logits: torch.autograd.grad raises where there is none.",
             ),
-            Idea(
-                "divided by all",
-                _z(reduce=lambda z, real: z[real].square().sum() / len(real)),
-                "You left padding out of the sum and kept it "
-                "in the number you divide by. Divide by the number of real tokens. Reread section 5.7.",
+            "share of tokens": (
+                _of_tokens,
+                "Your test lets a loss pass that is K at balance, on the scale of the Mixtral family. With K = 1 it looks right: "
+                "test K = 2, too.",
             ),
-            Idea(
-                "mean before square",
-                _z(reduce=lambda z, real: z[real].mean().square()),
-                "You averaged first and squared then. Tokens with "
-                "+5 and -5 would cancel. Square each token's logsumexp first. Reread section 5.7.",
+            "first choices": (
+                _first_only,
+                "Your test lets a loss pass that counts first choices only. With K = 1 it looks right: use K = 2, and tokens that "
+                "agree on the first choice and not on the second.",
             ),
-            Idea(
-                "not squared",
-                _z(reduce=lambda z, real: z[real].mean()),
-                "The square is missing. Without it the loss falls without end as "
-                "the logits go to minus infinity. Reread section 5.7.",
+            "top-K softmax": (
+                _top_only,
+                "Your test lets a loss pass that takes its probabilities from the K chosen experts alone. Look at the value, or at "
+                "the gradient of an expert that nobody chose.",
             ),
-        ),
+            "softmax twice": (
+                _twice,
+                "Your test lets a loss pass that applies the softmax twice and so is close to 1 always. Try certainty: in full "
+                "collapse the loss is E / K.",
+            ),
+            "scores alone": (
+                _squares,
+                "Your test lets E times the sum of P^2 pass, a loss without counts. At balance and in a sure collapse it is right. "
+                "Try a router that is undecided and sends all tokens to one expert.",
+            ),
+            "chosen weights as counts": (
+                _weights_for_counts,
+                "Your test lets a loss pass that adds up the chosen probabilities where it should count slots. Try tokens that are "
+                "not all equally sure, as the four of section 5.3.",
+            ),
+        },
+        praise="Eight faulty losses found, two right ones passed. Two or three small cases do it, if they are neither balanced nor sure.",
     ),
     Exercise(
         "5.7",
-        right=_global,
-        cases=(_micro, _one_each, ([_skewed, _skewed[:2], _skewed[:4]], 3)),
-        praise="Counts and probabilities over all tokens, as if they had come in one batch: each token weighs the same.",
+        right=0.1,
+        reads=float,
+        asks="Hand in one of the five coefficients, as a number.",
+        praise="0.1: uneven steps take so long that the coefficients below it see too few of them. With more time the answer changes; without a clock, 0 wins.",
         ideas=(
             Idea(
-                "micro-batch loss",
-                _mean_of_losses,
-                "That is the mean of the micro-batches' own losses: each of them has to be balanced by "
-                "itself, which forbids a router to know its subjects. Take f over all of them. Reread section 5.6.",
+                "best per step",
+                0.0,
+                "Per step no balance loss is best. But its steps take about four times as long as even ones, so few of them fit into the budget. Use layer_time.",
             ),
             Idea(
-                "mean of shares",
-                _unweighted(True, False),
-                "You averaged the shares f of the micro-batches. They differ in size: a token of a "
-                "short one would weigh more. Add up counts, then divide. Reread section 5.6.",
+                "a little",
+                0.001,
+                "The load is still uneven with 0.001, so the steps are slow: look at how many of the evaluations each coefficient reaches in the time you have.",
             ),
             Idea(
-                "unweighted",
-                _unweighted(True, True),
-                "You averaged f and P over micro-batches as if all were equally long. A token of a "
-                "short one then weighs more. Add up first, then divide. Reread section 5.6.",
+                "the usual one",
+                0.01,
+                "0.01 is what papers use, and a longer budget would choose it. In this one, how far does each coefficient get? Early steps are slow with 0.01, too.",
             ),
             Idea(
-                "P unweighted",
-                _unweighted(False, True),
-                "The counts are right. But P is averaged over micro-batches, as if all were equally "
-                "long: average over tokens. Reread section 5.6.",
+                "most even",
+                1.0,
+                "1 is no faster than a tenth of it and costs more quality. Compare the held-out loss that each reaches, not the load.",
             ),
         ),
     ),
-    Exercise(
+    statements(
         "5.8",
-        right=_STATEMENTS,
-        praise="Entropy, load, value and gradient: four things that are easily taken for one another.",
-        ideas=(
-            Idea(
-                "entropy is balance",
-                _flipped[0],
-                "Look at (a) again. A router can be undecided about every token and yet lean to the same "
-                "expert each time. Reread section 5.2.",
-            ),
-            Idea(
-                "counts have gradients",
-                _flipped[1],
-                "Look at (b) again. f is a count: move a logit a little and it stays or jumps. "
-                "Reread section 5.3.",
-            ),
-            Idea(
-                "collapse is E",
-                _flipped[2],
-                "Look at (c) again. A token has K slots and an expert can hold one of them, so a share is at "
-                "most 1/K and the loss E/K. Reread section 5.3.",
-            ),
-            Idea(
-                "shift invariant",
-                _flipped[3],
-                "Look at (d) again. A shift cancels in the softmax, but the logsumexp grows by it. "
-                "Reread section 5.7.",
-            ),
-            Idea(
-                "pooled is enough",
-                _flipped[4],
-                "Look at (e) again. Two layers can be collapsed in complementary ways. Reread section 5.6.",
-            ),
-            Idea(
-                "always pushes",
-                _flipped[5],
-                "Look at (f) again. Put f = 1/E into the gradient: each term is compared with itself. "
-                "Reread section 5.4.",
-            ),
+        "FFFTFTF",
+        says=(
+            "Look at (a) again. A router can be undecided about every token and yet lean to the same expert each time. Reread section 5.2.",
+            "Look at (b) again. f is a count: move a logit a little and it stays or jumps. Reread section 5.3.",
+            "Look at (c) again. A token has K slots and an expert can hold one of them, so a share is at most 1/K. Reread section 5.3.",
+            "Look at (d) again. A shift cancels in the softmax; does it cancel in the logsumexp? Reread section 5.7.",
+            "Look at (e) again. Two layers can be collapsed in complementary ways. Reread section 5.6.",
+            "Look at (f) again. Put f = 1/E into the gradient: each term is compared with itself. Reread section 5.4.",
+            "Look at (g) again. A busy expert may be chosen by a hair each time. Reread the second box of section 5.3.",
         ),
+        praise="Entropy, load, value and gradient: four things that are easily taken for one another.",
     ),
 )

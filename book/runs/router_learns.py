@@ -126,7 +126,11 @@ def main() -> None:
         "domains": list(text.domains),
         "passage": PASSAGE.decode(),
     }
-    print(runs.save("router_learns", text=text, config=config, seeds=SEEDS + MORE_SEEDS, results=results))
+    print(
+        runs.save(
+            "router_learns", text=text, config=config, seeds=SEEDS + MORE_SEEDS, results=results
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -3,48 +3,76 @@
 import torch
 import torch.nn.functional as F
 
-from .exercise import Exercise, Idea
+from .exercise import Exercise, Idea, which, write_test
 
-_MOE = [(64, 64, 8, 2), (4096, 14336, 8, 2), (32, 16, 16, 4)]  # D, F, E, K
-
-
-def _counts(matrices=3, router_total=1, router_active=1, active=lambda E, K: K):
-    def count(D, F, E, K):
-        expert = matrices * D * F
-        return E * expert + router_total * D * E, active(E, K) * expert + router_active * D * E
-
-    return count
+# 1.1: a layer within two budgets
+_D, _DENSE, _TIMES, _K = 1024, 3 * 1024 * 4096, 16, 4
 
 
-_p = torch.tensor([0.1, 0.4, 0.2, 0.3])
-_outputs = torch.tensor([[1.0, 0.0], [2.0, 1.0], [4.0, -1.0], [8.0, 3.0]])
-_p2 = torch.tensor([0.6, 0.05, 0.35])
-_outputs2 = torch.tensor([[1.0, 2.0, 3.0], [0.0, 5.0, 0.0], [-2.0, 0.5, 1.0]])
+def _fits(answer):
+    F_, E = (float(number) for number in answer)
+    if F_ != int(F_) or E != int(E) or min(F_, E) < 1:
+        return "Width and number of experts are whole numbers, 1 or more."
+    if E < _K:
+        return "A token visits 4 different experts, so there must be as many at least."
+    work, memory = _K * 3 * _D * F_ + _D * E, E * (3 * _D * F_ + _D)
+    if work > _DENSE:
+        return f"The work is {work / _DENSE:.4f} times that of the dense FFN, and may be 1 at most. Count the router too."
+    if memory > _TIMES * _DENSE:
+        return f"That takes {memory / _DENSE:.2f} times the parameters of the dense FFN, and there is room for {_TIMES} times."
+    if work < 0.95 * _DENSE:
+        return f"You use {work / _DENSE:.0%} of the work that is allowed: the experts can be wider."
+    if memory < 0.95 * _TIMES * _DENSE:
+        return (
+            f"You use {memory / _TIMES / _DENSE:.0%} of the memory: there is room for more experts."
+        )
+    return True
 
 
-def _combine(weigh):
-    def combine(p_E, outputs_ED, K):
-        top, index = p_E.topk(K)
-        return (weigh(p_E, top).unsqueeze(-1) * outputs_ED[index]).sum(0)
-
-    return combine
-
-
-def _weights(p_E, K):
-    top = p_E.topk(K).values
-    return top / top.sum()
-
-
-def _duplicates_lost(indices_TK, E):
-    count_E = torch.zeros(E, dtype=torch.int64)
-    count_E[indices_TK.flatten()] += 1
-    return count_E
+# 1.2: implementations for a test of dispatch and combine
+def _by_expert(x_TD, w_TK, e_TK, experts, rows=None, weigh=None, put=None, last=None):
+    """Dispatch and combine by a loop over experts, with places where it can go wrong."""
+    y_TD = torch.zeros_like(x_TD)
+    for e, expert in enumerate(experts[:last]):
+        t, k = torch.where(e_TK == e)
+        w_A = (weigh or (lambda t, k: w_TK[t, k]))(t, k)
+        out_AD = w_A.unsqueeze(-1) * expert(x_TD[t] if rows is None else x_TD[rows(t)])
+        y_TD = (put or (lambda y, t, out: y.index_add(0, t, out)))(y_TD, t, out_AD)
+    return y_TD
 
 
-_chosen = torch.tensor(
-    [[0, 1], [1, 0], [3, 1], [1, 0]]
-)  # expert 2 and the last one, 4, get nothing
-_chosen2 = torch.tensor([[2, 0, 1], [2, 1, 0]])
+def _dense(x_TD, w_TK, e_TK, experts):
+    w_TE = torch.zeros(len(x_TD), len(experts), dtype=w_TK.dtype).scatter(1, e_TK, w_TK)
+    return sum(w_TE[:, e, None] * expert(x_TD) for e, expert in enumerate(experts))
+
+
+def _put_over(x_TD, w_TK, e_TK, experts):
+    def put(y, t, out):
+        y = y.clone()
+        y[t] = out
+        return y
+
+    return _by_expert(x_TD, w_TK, e_TK, experts, put=put)
+
+
+def _unweighted(x_TD, w_TK, e_TK, experts):
+    return _by_expert(x_TD, w_TK, e_TK, experts, weigh=lambda t, k: torch.ones_like(w_TK[t, k]))
+
+
+def _first_weight(x_TD, w_TK, e_TK, experts):
+    return _by_expert(x_TD, w_TK, e_TK, experts, weigh=lambda t, k: w_TK[t, 0])
+
+
+def _first_rows(x_TD, w_TK, e_TK, experts):
+    return _by_expert(x_TD, w_TK, e_TK, experts, rows=lambda t: torch.arange(len(t)))
+
+
+def _last_idle(x_TD, w_TK, e_TK, experts):
+    return _by_expert(x_TD, w_TK, e_TK, experts, last=-1)
+
+
+def _added_to_input(x_TD, w_TK, e_TK, experts):
+    return x_TD + _by_expert(x_TD, w_TK, e_TK, experts)
 
 
 def _balance(share="slots", factor=True, scores="probability"):
@@ -66,6 +94,7 @@ _generator = torch.Generator().manual_seed(3)
 _probabilities = torch.softmax(torch.randn(12, 4, generator=_generator) * 1.5, -1)
 _routed = (_probabilities, _probabilities.topk(2).indices)
 _collapsed = (torch.tensor([[0.97, 0.02, 0.01]] * 5), torch.tensor([[0]] * 5))
+_noisy = (_probabilities, _probabilities.flip(-1).topk(3).indices)  # not the most probable ones
 
 _tokens = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0], [-1.0, 4.0]], dtype=torch.float64)
 _sent_w = torch.tensor([[0.7, 0.3], [0.6, 0.4], [0.9, 0.1], [0.5, 0.5]], dtype=torch.float64)
@@ -108,130 +137,100 @@ def _dispatch(token=lambda order, T, K: order // K, back="scatter", weights="slo
     return dispatch
 
 
+# 1.6: what equal tokens do to the busiest expert
+def _at_least(share=lambda n_V, T: n_V.max() / T, times=lambda E, K: E / K, low=1.0):
+    def at_least(tokens_T, E, K):
+        n_V = torch.bincount(tokens_T)
+        return max(low, float(share(n_V[n_V > 0].double(), len(tokens_T))) * times(E, K))
+
+    return at_least
+
+
+_lines = (
+    (torch.tensor([32, 32, 32, 32, 32, 7, 9, 9]), 8, 2),
+    (torch.tensor([1, 2, 3, 4, 4]), 4, 2),  # 0.8 of the even share: the mean decides
+    (torch.tensor([5] * 6 + [0] * 3 + [8]), 16, 4),
+    (torch.tensor([4, 4, 4]), 6, 1),
+)
+
+
 EXERCISES = (
     Exercise(
         "1.1",
-        right=_counts(),
-        cases=tuple(_MOE),
-        praise="The total grows with E, the active part with K. The router is in both, whole: small next to large experts, not next to tiny ones.",
+        right=(1018, 64),
+        accepts=_fits,
+        praise="Sixteen times the parameters for the same work. The router takes its part: of 1024 columns per expert it costs a few.",
         ideas=(
             Idea(
-                "two matrices",
-                _counts(matrices=2),
-                "You counted two matrices per expert. A gated expert has three: gate, up and down. "
-                "Reread section 1.2.",
+                "router forgotten",
+                (1024, 64),
+                "The experts alone do exactly the work of the dense FFN, and the router comes on top: D numbers for each of the "
+                "E experts, all of them used by every token. So 1024 is a little too wide. Reread section 1.8.",
             ),
             Idea(
-                "no router",
-                _counts(router_total=0, router_active=0),
-                "The router is missing: it holds D numbers for each of the E "
-                "experts, and every token uses all of them. Reread section 1.4.",
-            ),
-            Idea(
-                "all active",
-                _counts(active=lambda E, K: E),
-                "Your active count is the total: a token visits K experts, not E. "
-                "Reread section 1.8.",
-            ),
-            Idea(
-                "one active",
-                _counts(active=lambda E, K: 1),
-                "Your active count holds one expert. A token visits K of them. Reread section 1.3.",
+                "as wide as before",
+                (4096, 16),
+                "Sixteen experts as wide as the FFN: the memory is about right, but a token visits 4 of them and so works four "
+                "times as much. Make each narrower, and have more of them. Reread section 1.8.",
             ),
             Idea(
                 "swapped",
-                lambda D, F, E, K: _counts()(D, F, E, K)[::-1],
-                "The two numbers are right, in the wrong order: total first, then active.",
-            ),
-            Idea(
-                "router by K",
-                lambda D, F, E, K: (E * 3 * D * F + D * E, K * (3 * D * F + D)),
-                "You let a token use K rows of the "
-                "router. It needs all E: without every logit nobody knows which K are the largest. Reread section 1.4.",
+                (64, 1018),
+                "First the width F, then the number of experts E. The other way round these are very many tiny experts.",
             ),
         ),
     ),
-    Exercise(
+    write_test(
         "1.2",
-        right=_combine(lambda p, top: top / top.sum()),
-        cases=((_p, _outputs, 2), (_p2, _outputs2, 2), (_p2, _outputs2, 3)),
-        praise="Choose, renormalise over the chosen, add up: that is the whole combine step.",
-        ideas=(
-            Idea(
-                "not renormalised",
-                _combine(lambda p, top: top),
-                "Your weights do not sum to 1: you kept the probabilities as they were "
-                "over all experts. Some models do so; here we divide by the sum over the K chosen. Reread section 1.4.",
+        good=(_by_expert, _dense),
+        broken={
+            "overwritten": (
+                _put_over,
+                "One broken version passes: it writes the last result of a token over the others. With K = 1 nobody sees it; "
+                "give a token two experts, both with a weight.",
             ),
-            Idea(
-                "equal weights",
-                _combine(lambda p, top: torch.full_like(top, 1 / len(top))),
-                "You took the plain average of the K "
-                "experts. Then the router would decide who speaks but not how loud, and no gradient would reach it. Reread section 1.3.",
+            "no weights": (
+                _unweighted,
+                "One broken version passes: it adds the results up without their weights. Weights that are all 1 hide it.",
             ),
-            Idea(
-                "softmax twice",
-                _combine(lambda p, top: torch.softmax(top, -1)),
-                "You applied a softmax to numbers that are "
-                "probabilities already. The second softmax flattens them towards 1/K. Divide by their sum. Reread section 1.4.",
+            "first weight": (
+                _first_weight,
+                "One broken version passes: it takes the weight of the first slot for all slots of a token. Equal weights, "
+                "or K = 1, hide it.",
             ),
-            Idea(
-                "first rows",
-                lambda p_E, outputs_ED, K: _weights(p_E, K) @ outputs_ED[:K],
-                "Your weights are right, but they multiply the first K "
-                "outputs and not those of the chosen experts. topk returns indices too: use them. Reread section 1.3.",
+            "first rows": (
+                _first_rows,
+                "One broken version passes: an expert with n slots gets the first n tokens and not its own. Tokens that are "
+                "all equal hide it, and so does one token alone.",
             ),
-            Idea(
-                "all experts",
-                lambda p_E, outputs_ED, K: p_E @ outputs_ED,
-                "You used every expert. That is a dense mixture: right in spirit, "
-                "but it costs E experts per token and not K. Reread section 1.3.",
+            "last expert": (
+                _last_idle,
+                "One broken version passes: the last expert never runs. Let some token choose it.",
             ),
-        ),
+            "input added": (
+                _added_to_input,
+                "One broken version passes: it adds the input to the output. That is the residual path, which belongs to the "
+                "block and not to the layer. Compare the values, not only differences or shapes.",
+            ),
+        },
+        praise="It finds all six. Different tokens, different weights, different experts, K above 1, each expert in use: that is the recipe.",
     ),
-    Exercise(
+    which(
         "1.3",
-        right=lambda indices_TK, E: torch.bincount(indices_TK.flatten(), minlength=E),
-        cases=((_chosen, 5), (_chosen2, 4)),
-        praise="All slots counted, and experts without a token show up as zeros. Chapter 5 is about those zeros.",
-        ideas=(
-            Idea(
-                "no empty experts",
-                lambda indices_TK, E: torch.bincount(indices_TK.flatten()),
-                "Your answer is shorter than E: experts "
-                "behind the last one in use are missing. Idle experts are just what we look for; give the count its length E.",
-            ),
-            Idea(
-                "first choice only",
-                lambda indices_TK, E: torch.bincount(indices_TK[:, 0], minlength=E),
-                "You counted first choices "
-                "only. A token has K slots, and each of them is a row of work for some expert. Reread section 1.5.",
-            ),
-            Idea(
-                "duplicates lost",
-                _duplicates_lost,
-                "Every expert in use counts 1. count[index] += 1 with a repeated index adds once, not each "
-                "time: the right side is computed before anything is written. Use scatter_add_, bincount or one_hot.",
-            ),
-            Idea(
-                "per slot",
-                lambda indices_TK, E: F.one_hot(indices_TK, E).sum(0),
-                "You have one row of counts for each slot. Add the slots up as "
-                "well: the load is over all T * K of them.",
-            ),
-            Idea(
-                "shares",
-                lambda indices_TK, E: (
-                    torch.bincount(indices_TK.flatten(), minlength=E) / indices_TK.numel()
-                ),
-                "These are shares that sum to 1. The question is for counts, which sum to T * K.",
-            ),
-        ),
+        options="ABCDE",
+        right="AD",
+        says={
+            "B": "B is right: minlength gives it one number for each expert, used or not. Test it with an idle last expert.",
+            "C": "C is right: a 1 for each slot at its expert, added up over tokens and slots.",
+            "E": "E is right: index_add adds as often as an index occurs. That is its difference from count[index] += 1.",
+        },
+        praise="A counts each expert once, however often it was chosen. D leaves idle experts out, so its numbers belong to nobody.",
     ),
     Exercise(
         "1.4",
         right=_balance(),
-        cases=(_routed, _collapsed),
+        cases=(_routed, _collapsed, _noisy),
+        differentiable="p_TE",
         praise="1 at perfect balance, about E/K in collapse, whatever E and K are.",
         ideas=(
             Idea(
@@ -307,6 +306,47 @@ EXERCISES = (
                 _dispatch(weights="none"),
                 "You added the results up without their weights. Then the router decides who speaks but not "
                 "how loud, and gets no gradient. Reread section 1.3.",
+            ),
+        ),
+    ),
+    Exercise(
+        "1.6",
+        right=_at_least(),
+        cases=_lines,
+        praise="A share q of equal tokens gives q T slots to each of its K experts, and the even share is T K / E: so q E / K times. The text alone makes the load uneven.",
+        ideas=(
+            Idea(
+                "K forgotten",
+                _at_least(times=lambda E, K: E),
+                "You compared with T / E, the even share for one slot per token. There are T K slots, so the even share is T K / E. "
+                "Reread section 1.9.",
+            ),
+            Idea(
+                "slots spread",
+                _at_least(times=lambda E, K: E / K**2),
+                "You divided the tokens among their K experts. But each of them visits *all* K: each of those experts gets one slot "
+                "from each such token.",
+            ),
+            Idea(
+                "a share",
+                _at_least(times=lambda E, K: 1.0, low=0.0),
+                "You have the share of the commonest token. The question is how many times its even share of the slots an expert "
+                "gets from it. Reread section 1.9.",
+            ),
+            Idea(
+                "slot share",
+                _at_least(times=lambda E, K: 1 / K, low=0.0),
+                "You have a share of all slots. Divide it by the even share, 1 / E. Reread section 1.9.",
+            ),
+            Idea(
+                "below the mean",
+                _at_least(low=0.0),
+                "Below 1 in one case: but the busiest expert cannot get less than the mean of all experts, which is its even share.",
+            ),
+            Idea(
+                "as many as different tokens",
+                _at_least(share=lambda n_V, T: n_V.mean() / T),
+                "You took the mean count of a token. The busiest expert is bound by the commonest one.",
             ),
         ),
     ),

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .exercise import Exercise, Idea, flipped
+from .exercise import Exercise, Idea, statements, which, write_test
 
 # 2.1: one token's route
 _logits = torch.tensor([0.5, 2.0, -1.0, 1.5])
@@ -70,20 +70,42 @@ def _all_outputs(h_E, f_E, K, norm):
     return w_E * (f_E - y) if norm else p_E * (f_E - y)
 
 
-# 2.3: how sure is the router
+# 2.3: the temperature that makes a router as sure as asked
 _generator = torch.Generator().manual_seed(2)
 _h_TE = 2 * torch.randn(6, 4, generator=_generator)
-_sure = torch.tensor(
-    [[9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [0.0, 0.0, 9.0]]
-)  # each token is sure, the load is even
+_wide_TE = 3 * torch.randn(20, 8, generator=_generator) + 5
 
 
 def _token_entropy(p_TE):
-    return -(p_TE * p_TE.clamp(min=1e-12).log()).sum(-1)
+    return -(p_TE * p_TE.clamp(min=1e-30).log()).sum(-1)
 
 
-def _entropy(soften=lambda h, t: h / t, reduce=lambda p: _token_entropy(p).mean()):
-    return lambda h_TE, temperature: reduce(torch.softmax(soften(h_TE, temperature), -1))
+def _temperature(
+    sure=lambda p: _token_entropy(p).mean(), soften=lambda h, t: h / t, turn=lambda t: t
+):
+    """Bisection, on the logarithm of the temperature."""
+
+    def temperature_for(h_TE, H):
+        low, high = math.log(1e-3), math.log(1e3)
+        for _ in range(60):
+            middle = (low + high) / 2
+            p_TE = torch.softmax(soften(h_TE.double(), math.exp(middle)), -1)
+            low, high = (middle, high) if sure(p_TE) < H else (low, middle)
+        return turn(math.exp(middle))
+
+    return temperature_for
+
+
+def _as_sure_as_asked(temperature, h_TE, H):
+    temperature = float(temperature)
+    if not 0 < temperature < math.inf:
+        return "A temperature is a number above 0."
+    got = _token_entropy(torch.softmax(h_TE.double() / temperature, -1)).mean().item()
+    side = "too hot" if got > H else "too cold"
+    return (
+        abs(got - H) < 0.01
+        or f"That is {side}: the mean entropy becomes {got:.3f} nats, and {H} were asked for."
+    )
 
 
 # 2.5: ties that break the same way everywhere
@@ -91,6 +113,8 @@ _ties = (
     (torch.zeros(2, 5), 2),
     (torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0], [2.0, 2.0, 2.0005, 2.0, 2.0]]), 3),
     (torch.tensor([[-1.0, -1.0, 7.0, 7.0]]), 3),
+    (torch.tensor([[0.2, 0.4, 0.4]]), 2),
+    (torch.zeros(3, 64), 8),
 )
 
 
@@ -102,12 +126,53 @@ def _last_wins(h_TE, K):
     return torch.sort(h_TE, dim=-1, stable=True).indices.flip(-1)[:, :K]
 
 
+def _rising(h_TE, K):
+    return torch.sort(h_TE, dim=-1, stable=True).indices[:, :K]
+
+
 def _nudged(h_TE, K):
     return torch.topk(h_TE - 1e-3 * torch.arange(h_TE.shape[-1]), K).indices
 
 
-_STATEMENTS = "FFTFTF"
-_flipped = flipped(_STATEMENTS)
+# 2.7: routes whose numbers are right and whose gradient is not
+def _short_way(h_E, K):
+    top_K, index_K = h_E.topk(K)
+    return index_K, torch.softmax(top_K, -1)
+
+
+def _long_way(h_E, K):
+    p_K, index_K = torch.softmax(h_E, -1).topk(K)
+    return index_K, p_K / p_K.sum()
+
+
+def _detached(h_E, K):
+    index_K, w_K = _short_way(h_E, K)
+    return index_K, w_K.detach()
+
+
+def _sum_detached(h_E, K):
+    p_K, index_K = torch.softmax(h_E, -1).topk(K)
+    return index_K, p_K / p_K.sum().detach()
+
+
+def _half_a_gradient(h_E, K):
+    index_K, w_K = _short_way(h_E, K)
+    return index_K, (w_K + w_K.detach()) / 2
+
+
+def _first_only(h_E, K):
+    index_K, w_K = _short_way(h_E, K)
+    return index_K, torch.cat([w_K[:1], w_K[1:].detach()])
+
+
+def _probabilities(h_E, K):
+    p_K, index_K = torch.softmax(h_E, -1).topk(K)
+    return index_K, p_K
+
+
+def _swapped_sign(h_E, K):
+    index_K, w_K = _short_way(h_E, K)
+    return index_K, 2 * w_K.detach() - w_K
 
 
 EXERCISES = (
@@ -165,6 +230,12 @@ EXERCISES = (
                 "renormalised, the others cancel: their gradient is 0, and with K = 1 so is that of the chosen one. Reread section 2.7.",
             ),
             Idea(
+                "always renormalised",
+                lambda h_E, f_E, K, norm: _gradient(h_E, f_E, K, True),
+                "You renormalised in both cases. Without it every weight is divided by the sum over all experts, so y is smaller "
+                "and the unchosen get a gradient too. Reread section 2.7.",
+            ),
+            Idea(
                 "chosen only",
                 _chosen_only,
                 "You gave the logits of the others a gradient of 0 in both cases. Without renormalisation "
@@ -180,85 +251,58 @@ EXERCISES = (
     ),
     Exercise(
         "2.3",
-        right=_entropy(),
-        cases=((_h_TE, 1.0), (_h_TE, 2.5), (_sure, 0.5)),
-        praise="Low entropy: each token is sure. It says nothing about balance: three sure tokens can use three experts evenly.",
+        right=_temperature(),
+        accepts=_as_sure_as_asked,
+        tolerance=0.02,
+        cases=((_h_TE, 1.0), (_h_TE, 0.3), (_wide_TE, 0.5), (_wide_TE, 1.9)),
+        praise="One number turns a sure router into an unsure one, and no choice changes. Entropy rises with temperature, so halving the interval finds it.",
         ideas=(
             Idea(
                 "times temperature",
-                _entropy(soften=lambda h, t: h * t),
-                "You multiplied by the temperature. It divides: hot is flat, "
-                "cold is sharp. Reread section 2.3.",
-            ),
-            Idea(
-                "bits",
-                _entropy(reduce=lambda p: _token_entropy(p).mean() / math.log(2)),
-                "Your entropy is in bits. We count in nats: use "
-                "the natural logarithm. Reread section 2.3.",
-            ),
-            Idea(
-                "entropy of the mean",
-                _entropy(reduce=lambda p: _token_entropy(p.mean(0))),
-                "You averaged the probabilities first. "
-                "That entropy asks whether the load is even over many tokens, not whether each token is sure. Take the entropy of "
-                "each token, then the mean. Reread section 2.3.",
-            ),
-            Idea(
-                "sum",
-                _entropy(reduce=lambda p: _token_entropy(p).sum()),
-                "You added up the tokens. Take the mean, so that the answer "
-                "does not grow with the batch. Reread section 2.3.",
-            ),
-            Idea(
-                "wrong sign",
-                _entropy(reduce=lambda p: -_token_entropy(p).mean()),
-                "The sign: logarithms of probabilities are negative, so "
-                "the sum needs a minus to be an entropy. Reread section 2.3.",
-            ),
-        ),
-    ),
-    Exercise(
-        "2.4",
-        right=_STATEMENTS,
-        praise="Choice, weights and gradient are three different questions, and you told them apart.",
-        ideas=(
-            Idea(
-                "shift",
-                _flipped[0],
-                "Look at (a) again. A shift multiplies all exponentials by the same number, and a softmax divides it "
-                "out. Reread section 2.2.",
-            ),
-            Idea(
-                "scale chooses",
-                _flipped[1],
-                "Look at (b) again. Doubling keeps the order of the logits, and the choice is the order. "
+                _temperature(turn=lambda t: 1 / t),
+                "You have one over the temperature: your search multiplies the logits. It divides: hot is flat, cold is sharp. "
                 "Reread section 2.3.",
             ),
             Idea(
-                "scale weighs not",
-                _flipped[2],
-                "Look at (c) again. Doubling the matrix doubles the logits and their distances; that is "
-                "half the temperature. Reread section 2.3.",
+                "bits",
+                _temperature(sure=lambda p: _token_entropy(p).mean() / math.log(2)),
+                "Your entropy is in bits. We count in nats: use the natural logarithm. Reread section 2.3.",
             ),
             Idea(
-                "renormalised reaches all",
-                _flipped[3],
-                "Look at (d) again. Renormalised weights are a softmax over the K chosen logits. "
-                "The others appear nowhere in it. Reread section 2.7.",
+                "entropy of the mean",
+                _temperature(sure=lambda p: _token_entropy(p.mean(0))),
+                "You averaged the probabilities first. That entropy asks whether the load is even over many tokens, not whether "
+                "each token is sure. Take the entropy of each token, then the mean. Reread section 2.3.",
             ),
             Idea(
-                "denominator forgotten",
-                _flipped[4],
-                "Look at (e) again. Each weight is divided by a sum over all experts, and there "
-                "stand the logits of the others. Reread section 2.7.",
+                "sum",
+                _temperature(sure=lambda p: _token_entropy(p).sum()),
+                "You added up the tokens. Take their mean, so that the answer does not depend on how many there are.",
             ),
             Idea(
-                "experts learn unseen",
-                _flipped[5],
-                "Look at (f) again. A logit is one thing, an expert's matrices another. An expert that "
-                "did not run is in no formula, so its matrices get nothing. Reread section 2.7.",
+                "probabilities divided",
+                _temperature(soften=lambda h, t: torch.softmax(h, -1) / t),
+                "You divided the probabilities by the temperature. It belongs to the logits, before the softmax. Reread section 2.3.",
             ),
         ),
+    ),
+    statements(
+        "2.4",
+        "FFTFTF",
+        says=(
+            "Look at (a) again. A shift multiplies all exponentials by the same number, and a softmax divides it out. "
+            "Reread section 2.2.",
+            "Look at (b) again. Doubling keeps the order of the logits, and the choice is the order. Reread section 2.3.",
+            "Look at (c) again. Doubling the matrix doubles the logits and their distances; that is half the temperature. "
+            "Reread section 2.3.",
+            "Look at (d) again. Renormalised weights are a softmax over the K chosen logits. The others appear nowhere in it. "
+            "Reread section 2.7.",
+            "Look at (e) again. Each weight is divided by a sum over all experts, and there stand the logits of the others. "
+            "Reread section 2.7.",
+            "Look at (f) again. A logit is one thing, an expert's matrices another. An expert that did not run is in no formula, "
+            "so its matrices get nothing. Reread section 2.7.",
+        ),
+        praise="Choice, weights and gradient are three different questions, and you told them apart.",
     ),
     Exercise(
         "2.5",
@@ -267,10 +311,21 @@ EXERCISES = (
         praise="The order is now part of your code and not of a kernel's mood: it will be the same when the layer is recomputed.",
         ideas=(
             Idea(
+                "plain topk",
+                lambda h_TE, K: torch.topk(h_TE, K).indices,
+                "topk gives the right logits, and among equal ones whichever its kernel meets first. Here that was not the lowest "
+                "number. It has no option for it: sort instead, with stable=True. Reread section 2.5.",
+            ),
+            Idea(
                 "last wins",
                 _last_wins,
                 "Among equals your highest number wins. You sorted upwards and read backwards, which turns the "
                 "ties around. Sort downwards with stable=True. Reread section 2.5.",
+            ),
+            Idea(
+                "rising",
+                _rising,
+                "You have the smallest logits, in rising order. The largest come first: descending=True. Reread section 2.4.",
             ),
             Idea(
                 "nudge",
@@ -285,5 +340,52 @@ EXERCISES = (
                 "a token run from the largest logit to the smallest. Reread section 2.4.",
             ),
         ),
+    ),
+    which(
+        "2.6",
+        options="ABCDE",
+        right="BE",
+        says={
+            "A": "A is right: choosing first and then a softmax over the chosen is the same function. Reread section 2.2.",
+            "C": "C is right: it takes the same number off all logits of a token, and a softmax does not see that. Reread section 2.2.",
+            "D": "D is right, though it looks like a softmax twice: logarithms of probabilities are logits, shifted by one number "
+            "a token. Reread section 2.2.",
+        },
+        praise="B overflows for large logits: infinity by infinity is no number, and a shift is what a softmax takes off first. E divides by the sum over all tokens, which one token alone does not show.",
+    ),
+    write_test(
+        "2.7",
+        good=(_short_way, _long_way),
+        broken={
+            "detached": (
+                _detached,
+                "One broken version passes: its weights are right and detached, so no gradient reaches the router. Let the test "
+                "call backward, with experts that answer different numbers.",
+            ),
+            "sum detached": (
+                _sum_detached,
+                "One broken version passes: there is a gradient, but the sum in the denominator is detached, so w times f is "
+                "not coupled. Compare the gradient with w (f - y), for the unchosen too. Reread section 2.7.",
+            ),
+            "half a gradient": (
+                _half_a_gradient,
+                "One broken version passes: its gradient has the right direction and half the size. Compare numbers.",
+            ),
+            "first only": (
+                _first_only,
+                "One broken version passes: only the first weight carries a gradient, the others are detached. With experts "
+                "that answer 1 and 0 this can hide; give every one a number of its own.",
+            ),
+            "not renormalised": (
+                _probabilities,
+                "One broken version passes: its weights don't sum to 1. Test the values as well as the gradient.",
+            ),
+            "wrong sign": (
+                _swapped_sign,
+                "One broken version passes: its gradient points the other way, so training makes it worse. Its values and the "
+                "size of its gradient are right: compare signs.",
+            ),
+        },
+        praise="It finds all six. Five of them give the right numbers, so a test of the output alone would have passed them, and the router would have learned nothing or the wrong thing.",
     ),
 )

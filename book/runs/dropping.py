@@ -1,6 +1,9 @@
 """Who is dropped? Trained models on real text, at capacity factor 1, under each policy: where in the queue the dropped stand, and what it costs.
 
-Run it with `python book/runs/dropping.py` (about a minute on one quiet CPU core); chapter 6 shows dropping.json.
+What it costs is asked with controls: dice, and a queue that runs backwards. A second model of each seed has a shared expert, which takes
+over the dropped slots, or does not.
+
+Run it with `python book/runs/dropping.py` (about three minutes on one quiet CPU core); chapter 6 shows dropping.json.
 """
 
 import sys
@@ -17,6 +20,7 @@ from moe_book import corpus, runs
 from moe_book.training import evaluate, train
 from moe_core import LanguageModel, LMConfig, MoEConfig, capacity
 from moe_core.capacity import CapacityRule
+from moe_core.capacity.policies import DROP_POLICIES
 
 SEEDS = [0, 1, 2]
 SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
@@ -34,10 +38,22 @@ CONFIG = {
     "batches": 32,
 }
 POLICIES = ["position", "slot_position", "score", "random"]
-PASSAGE = b'def last(items):\n    """The last of several items, or None."""\n    if not items:\n        return None\n    return items[-1]\n'
 
 
-def build(seed: int) -> LanguageModel:
+# A policy is an order, and nothing but. Position's queue, run from the last slot of the batch to the first:
+DROP_POLICIES["last_come"] = lambda routing: DROP_POLICIES["position"](routing).flip(0)
+COSTS = ["score", "random", "slot_position", "position", "last_come"]
+DRAWS = 3  # of the policy "random"
+
+
+class RuleOfTraining(CapacityRule):
+    """In eval the package turns "random" into "position"; this rule is in eval what it is in training."""
+
+    def apply(self, routing, *, training):
+        return super().apply(routing, training=True)
+
+
+def build(seed: int, n_shared_experts: int = 0) -> LanguageModel:
     """A small language model whose router never drops in training."""
     torch.manual_seed(seed)
     moe = MoEConfig(
@@ -45,6 +61,7 @@ def build(seed: int) -> LanguageModel:
         CONFIG["d_ff"],
         CONFIG["n_experts"],
         CONFIG["top_k"],
+        n_shared_experts=n_shared_experts,
         aux_loss_weight=CONFIG["balance"],
         backend="loop",
     )
@@ -83,46 +100,71 @@ def drops(model: LanguageModel, text: corpus.Corpus) -> dict:
 
 
 @torch.no_grad()
-def losses(model: LanguageModel, text: corpus.Corpus) -> dict:
-    """Held-out loss without capacity, and with factor 1 under each policy that eval knows."""
-    rules = {"dropless": CapacityRule()} | {
-        policy: CapacityRule(factor=CONFIG["factor"], drop_policy=policy) for policy in POLICIES[:3]
-    }
-    found = {}
-    for name, rule in rules.items():
-        for block in model.blocks:
-            block.feed_forward.router.capacity_rule = rule
-        found[name] = evaluate(
-            model, text, batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"]
+def cost(model: LanguageModel, text: corpus.Corpus, rule: CapacityRule) -> dict:
+    """Under this rule: held-out loss; the drop rate, the share of tokens with nothing left, and of the weight that is lost, over all layers."""
+    for block in model.blocks:  # a router that was built dropless asks its capacity_factor first
+        router = block.feed_forward.router
+        router.capacity_factor = router.capacity_rule = rule
+    loss = evaluate(model, text, batch_size=CONFIG["batch_size"], seq_len=CONFIG["seq_len"])
+    generator, routings = torch.Generator().manual_seed(12345), []
+    for _ in range(8):
+        tokens, _ = text.batch(
+            CONFIG["batch_size"], CONFIG["seq_len"], generator=generator, split="valid"
         )
+        routings += model(tokens)[1]
+    out = torch.stack([~r.capacity_mask for r in routings])
+    weights = torch.stack([r.expert_weights for r in routings])
+    return {
+        "loss": loss,
+        "slots": float(out.double().mean()),
+        "tokens": float(out.all(-1).double().mean()),
+        "weight": float((weights * out).sum(-1).double().mean()),
+    }
+
+
+def costs(model: LanguageModel, text: corpus.Corpus) -> dict:
+    """Without capacity, and with factor 1 under each policy, one queue per batch and one per sequence."""
+    torch.manual_seed(11)  # the policy "random"
+    found = {"dropless": cost(model, text, CapacityRule())}
+    for scope in ("batch", "sequence"):
+        for policy in COSTS:
+            rule = RuleOfTraining(factor=CONFIG["factor"], drop_policy=policy, scope=scope)
+            draws = [cost(model, text, rule) for _ in range(DRAWS if policy == "random" else 1)]
+            found[f"{policy}, {scope}"] = {
+                key: sum(draw[key] for draw in draws) / len(draws) for key in draws[0]
+            }
     return found
 
 
-@torch.no_grad()
-def passage(model: LanguageModel) -> dict:
-    """The experts and weights of a passage's bytes."""
-    routing = model(torch.tensor([list(PASSAGE)]))[1][CONFIG["layer"]]
-    return {
-        "experts": routing.expert_indices[0].tolist(),
-        "weights": [[round(w, 3) for w in row] for row in routing.expert_weights[0].tolist()],
+def with_shared(model: LanguageModel, text: corpus.Corpus) -> dict:
+    """A model with a shared expert: what dropping costs when it stands by, and when it takes the dropped slots' weight."""
+    rules = {"dropless": CapacityRule()} | {
+        f"{policy}, {overflow}": RuleOfTraining(
+            factor=CONFIG["factor"], drop_policy=policy, overflow=overflow
+        )
+        for policy in ("score", "position")
+        for overflow in ("drop", "shared")
     }
+    return {name: cost(model, text, rule)["loss"] for name, rule in rules.items()}
 
 
 def main() -> None:
     torch.set_num_threads(1)  # matrices this small do not gain from a second thread
-    text, results = corpus.load(), {"drops": [], "loss": [], "passage": []}
+    text, results = corpus.load(), {"drops": [], "cost": [], "shared": []}
     for seed in tqdm(SEEDS, unit="seed"):
         model = build(seed)
         train(model, text, **TRAINING, seed=seed, progress=False)
         model.eval()
         results["drops"].append(drops(model, text))
-        results["passage"].append(passage(model))
-        results["loss"].append(losses(model, text))
+        results["cost"].append(costs(model, text))
+        shared = build(seed, n_shared_experts=1)
+        train(shared, text, **TRAINING, seed=seed, progress=False)
+        results["shared"].append(with_shared(shared.eval(), text))
     print(
         runs.save(
             "dropping",
             text=text,
-            config={**CONFIG, "policies": POLICIES, "passage": PASSAGE.decode()},
+            config={**CONFIG, "policies": POLICIES, "costs": COSTS, "draws": DRAWS},
             seeds=SEEDS,
             results=results,
         )

@@ -1,6 +1,6 @@
-"""What noise in the router does: three top-1 routers that explore in different ways, and three top-2 routers with and without noise and losses.
+"""What noise in the router does: three top-1 routers that explore in different ways, and four top-2 routers with and without noise and losses.
 
-Run it with `python book/runs/router_noise.py` (about five minutes on one quiet CPU core); chapter 7 shows router_noise.json.
+Run it with `python book/runs/router_noise.py` (about six minutes on one quiet CPU core); chapter 7 shows router_noise.json.
 """
 
 import sys
@@ -26,10 +26,11 @@ TOP1 = {  # name -> options of a Switch router without capacity, with its balanc
     "jitter 0.01": {"jitter_noise": 0.01},
     "sampled": {"jitter_noise": 0.0},
 }
-TOP2 = {  # name -> noise?, weight of the importance loss, of the load loss
-    "no noise, no loss": (False, 0.0, 0.0),
-    "noise, no loss": (True, 0.0, 0.0),
-    "noise, both losses": (True, 0.1, 0.1),
+TOP2 = {  # name -> noise?, weight of the importance loss, of the load loss, start of the router's rows
+    "no noise, no loss": (False, 0.0, 0.0, "random"),
+    "noise, no loss": (True, 0.0, 0.0, "zero"),
+    "noise, both losses": (True, 0.1, 0.1, "zero"),
+    "noise, no loss, random start": (True, 0.0, 0.0, "random"),
 }
 CLAIMS = {
     "losses-balance": {
@@ -56,7 +57,7 @@ class SampledRouter(SwitchRouter):
 
 
 class QuietRouter(NoisyTopKRouter):
-    """NoisyTopKRouter without its noise, started from small random rows, since zeros would tie."""
+    """NoisyTopKRouter without its noise; it must not start at zero, where all logits tie."""
 
     def noise_std(self, x):
         return None
@@ -75,7 +76,7 @@ def build(seed: int, name: str) -> LanguageModel:
     if name in TOP1:
         moe = MoEConfig(**common, top_k=1, router="switch", aux_loss_weight=0.01, **TOP1[name])
     else:
-        noise, importance, load = TOP2[name]
+        _, importance, load, _ = TOP2[name]
         moe = MoEConfig(
             **common,
             top_k=2,
@@ -88,6 +89,7 @@ def build(seed: int, name: str) -> LanguageModel:
             router.__class__ = SampledRouter
         elif name in TOP2 and not TOP2[name][0]:
             router.__class__ = QuietRouter
+        if name in TOP2 and TOP2[name][3] == "random":
             torch.nn.init.normal_(
                 router.weight, std=0.02, generator=torch.Generator().manual_seed(100 * seed + layer)
             )
@@ -101,9 +103,18 @@ def routers(model: LanguageModel) -> list[SwitchRouter | NoisyTopKRouter]:
 
 @torch.no_grad()
 def look(model: LanguageModel, tokens_BN: torch.Tensor) -> dict:
-    """Load in eval, and how many tokens change experts between two calls in training mode; averaged over layers."""
+    """Load in eval, how many tokens change experts between two calls in training mode, and how wide logits lie apart; averaged over layers."""
     state, was_training = torch.get_rng_state(), model.training  # to look must not change the run
+    sigmas = []
+
+    def note_sigma(router, inputs):
+        sigma = router.noise_std(inputs[0]) if isinstance(router, NoisyTopKRouter) else None
+        sigmas.append(0.0 if sigma is None else sigma.mean().item())
+
+    hooks = [router.register_forward_pre_hook(note_sigma) for router in routers(model)]
     clean = model.eval()(tokens_BN)[1]
+    for hook in hooks:
+        hook.remove()
     model.train()
     pairs = zip(model(tokens_BN)[1], model(tokens_BN)[1])
     moved = sum(metrics.route_flips(a, b).item() for a, b in pairs) / len(clean)
@@ -113,6 +124,8 @@ def look(model: LanguageModel, tokens_BN: torch.Tensor) -> dict:
     return {
         "variation": sum(spread) / len(spread),
         "moved": moved,
+        "logit_spread": sum(r.logits.std(-1).mean().item() for r in clean) / len(clean),
+        "sigma": sum(sigmas) / len(clean),
         "unused": sum(int(metrics.dead_experts(r).sum()) for r in clean),
     }
 
@@ -123,7 +136,8 @@ def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps
     probe_BN = text.batch(
         32, CONFIG["seq_len"], generator=torch.Generator().manual_seed(3), split="valid"
     )[0]
-    seen = {"step": [], "variation": [], "moved": [], "unused": []}
+    keys = ("step", "variation", "moved", "logit_spread", "sigma", "unused")
+    seen = {key: [] for key in keys}
 
     def every_50(step, model, _routings):
         if step % 50 == 0:
@@ -152,7 +166,7 @@ def verdicts(results: dict) -> dict:
             key: torch.tensor([one[key][-1] for one in results[name]])
             for key in ("variation", "valid_loss")
         }
-        for name in [*TOP1, *TOP2]
+        for name in [*TOP1, "noise, no loss", "noise, both losses"]
     }
     bare, kept = every["noise, no loss"], every["noise, both losses"]
     even, lower = (

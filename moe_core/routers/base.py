@@ -192,8 +192,6 @@ class Router(nn.Module):
 
     def limit_capacity(self, routing: Routing) -> Routing:
         """Drop the slots for which ``capacity_rule`` leaves no room; all stay when dropless."""
-        if self.capacity_factor is None:
-            return routing
         return self.capacity_rule.apply(routing, training=self.training)
 
     def add_losses(self, routing: Routing) -> Routing:

@@ -41,3 +41,27 @@ def test_drop_rates_are_shares_on_a_fixed_axis():
     assert list(trace(figure, "position").y) == pytest.approx([0.0, 0.6]) and list(
         figure.layout.yaxis.range
     ) == [0, 0.8]
+
+
+LOADS = [[5, 1, 2, 0], [2, 2, 2, 2]]
+
+
+def test_without_a_capacity_all_gpus_wait_for_the_busiest():
+    figure = ch06.timeline(LOADS, capacity=None, longest=7)
+    works, waits = trace(figure, "works on a token"), trace(figure, "has none")
+    assert len(works.x) == 16 and len(waits.x) == 5 * 4 + 2 * 4 - 16
+    starts = [round(x - 0.08, 9) for x, e in zip(works.base, works.y) if e == 0]
+    assert sorted(starts) == [0, 1, 2, 3, 4, 5, 6]
+    assert list(figure.data[2].x[::3]) == [5, 7] and set(figure.data[3].text) == {""}
+
+
+def test_with_a_capacity_every_batch_takes_as_long_and_the_rest_is_counted():
+    figure = ch06.timeline(LOADS, capacity=2, longest=7)
+    assert list(figure.data[2].x[::3]) == [2, 4]
+    assert list(figure.data[3].text) == [" 3 dropped", "", "", ""]
+    assert len(trace(figure, "works on a token").x) == 16 - 3
+
+
+def test_a_timeline_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="take 7; longest=6"):
+        ch06.timeline(LOADS, capacity=None, longest=6)

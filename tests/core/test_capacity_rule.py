@@ -209,3 +209,10 @@ def test_the_rule_in_the_router_is_the_rule_applied_afterwards(case: Case):
         torch.equal(inside.capacity_mask, outside.capacity_mask)
         and inside.capacity == outside.capacity
     )
+
+
+def test_a_rule_given_to_a_dropless_router_afterwards_limits_it():
+    router = seeded(TopKRouter, 8, 4, 1)
+    assert router(randn(2, 32, 8, dtype=torch.float32)).dropless
+    router.capacity_rule = CapacityRule(factor=0.5)
+    assert metrics.drop_rate(router(randn(2, 32, 8, dtype=torch.float32))) > 0

@@ -1,11 +1,9 @@
 """Chapter 3: experts, dispatch and combine."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 
-from .exercise import Exercise, Idea, flipped
+from .exercise import Exercise, Idea, statements, which, write_test
 
 _generator = torch.Generator().manual_seed(3)
 
@@ -33,6 +31,17 @@ def _dispatch(
         return x_TD[token_A], token_A, count(e_S, E)
 
     return dispatch
+
+
+def _slots_for_tokens(x_TD, e_TK, E):
+    slot_A = torch.argsort(e_TK.flatten(), stable=True)
+    return x_TD[slot_A // e_TK.shape[1]], slot_A, torch.bincount(e_TK.flatten(), minlength=E)
+
+
+def _dispatch_by_columns(x_TD, e_TK, E):
+    e_S = e_TK.T.flatten()
+    token_A = torch.argsort(e_S, stable=True) % len(x_TD)
+    return x_TD[token_A], token_A, torch.bincount(e_S, minlength=E)
 
 
 # 3.2: and back
@@ -66,6 +75,21 @@ def _last_wins(out_AD, slot_A, w_TK):
     for row, slot in zip(out_AD, slot_A.tolist()):
         y_TD[slot // w_TK.shape[1]] = w_TK.flatten()[slot] * row
     return y_TD
+
+
+def _divided_by_k(out_AD, slot_A, w_TK):
+    return _combine(out_AD, slot_A, w_TK) / w_TK.shape[1]
+
+
+def _token_by_remainder(out_AD, slot_A, w_TK):
+    weighted_AD = out_AD * w_TK.flatten()[slot_A].unsqueeze(-1)
+    y_TD = out_AD.new_zeros(len(w_TK), out_AD.shape[-1])
+    return y_TD.index_add(0, slot_A % len(w_TK), weighted_AD)
+
+
+def _unsorted_rows(out_AD, slot_A, w_TK):
+    """Takes row i for slot i: nothing is sorted back."""
+    return _combine(out_AD, torch.arange(len(out_AD)), w_TK)
 
 
 def _weighted_at_the_token(out_AD, slot_A, w_TK):
@@ -102,24 +126,136 @@ def _layer(*, weigh=lambda h, top: torch.softmax(top, -1), split=_halves, before
     return layer
 
 
-# 3.4: padding
-_COUNTS = ((torch.tensor([5, 1, 3, 3]),), (torch.tensor([0, 8, 0, 2, 2]),), (torch.tensor([4, 4]),))
+# 3.4: some experts alone, the others in a table
+_MIXED = (
+    (torch.tensor([40, 2, 3, 2, 1, 3, 2, 3]), 10.0, 1.0),
+    (torch.tensor([2, 9, 2, 7, 2, 2, 1, 2]), 1.5, 1.0),
+    (torch.tensor([6, 6, 6, 6]), 5.0, 1.0),
+    (torch.tensor([0, 30, 0, 12, 0, 5]), 0.5, 1.0),
+    (torch.tensor([1, 0, 2, 64, 1, 32, 2, 2, 16, 1, 1, 0]), 20.0, 0.5),
+)
 
 
-def _padding(counts_E):
-    return 1 - counts_E.sum() / (len(counts_E) * counts_E.max())
+def _mixed_time(m, counts_E, call, row):
+    """Microseconds with the m busiest experts alone and the others in one table."""
+    c_E = sorted(counts_E.tolist(), reverse=True)
+    alone, table = c_E[:m], c_E[m:]
+    height = max(table, default=0)
+    return call * (m + (height > 0)) + row * (sum(alone) + len(table) * height)
 
 
-# 3.5: bytes
-_SIZES = ((1024, 8, 2), (2048, 8, 2), (1000, 16, 3))
+def _alone(counts_E, call, row):
+    return min(range(len(counts_E) + 1), key=lambda m: _mixed_time(m, counts_E, call, row))
 
 
-def _bytes(number=4, places=lambda T, E, K: math.ceil(T * K / E)):
-    return lambda T, E, K: T * E * places(T, E, K) * number
+def _alone_accepts(m, counts_E, call, row):
+    E = len(counts_E)
+    if isinstance(m, torch.Tensor):
+        m = m.item()
+    if isinstance(m, bool) or int(m) != m or not 0 <= m <= E:
+        return f"The number of experts that run alone is a whole number from 0 to {E}."
+    mine = _mixed_time(int(m), counts_E, call, row)
+    best = _mixed_time(_alone(counts_E, call, row), counts_E, call, row)
+    if mine <= best + 1e-9:
+        return True
+    return f"With {int(m)} of {E} experts alone the bank takes {mine:g} microseconds, and {best:g} are possible."
 
 
-_STATEMENTS = "TFFTTF"
-_flipped = flipped(_STATEMENTS)
+def _above_the_mean(counts_E, call, row):
+    return int((counts_E > counts_E.double().mean()).sum())
+
+
+def _all_or_nothing(counts_E, call, row):
+    return min((0, len(counts_E)), key=lambda m: _mixed_time(m, counts_E, call, row))
+
+
+def _free_calls(counts_E, call, row):
+    return _alone(counts_E, 0.0, row)
+
+
+def _free_padding(counts_E, call, row):
+    """Takes the rows of the table to be those that are real: then every call alone is a loss."""
+    return 0
+
+
+# 3.5: the gradient of the weights
+_G6, _G4 = _randn(6, 3), _randn(4, 2)
+_WEIGHT_GRADIENT = ((_COMBINE[0][0], _slots, _G6, 2), (_COMBINE[1][0], _some, _G4, 3))
+
+
+def _weight_gradient(out_AD, slot_A, g_TD, K):
+    dots_A = (out_AD * g_TD[slot_A // K]).sum(-1)
+    return dots_A.new_zeros(len(g_TD) * K).index_copy(0, slot_A, dots_A).view(-1, K)
+
+
+def _gradient_in_row_order(out_AD, slot_A, g_TD, K):
+    dots_A = (out_AD * g_TD[slot_A // K]).sum(-1)
+    return F.pad(dots_A, (0, len(g_TD) * K - len(dots_A))).view(-1, K)
+
+
+def _gradient_of_a_stranger(out_AD, slot_A, g_TD, K):
+    g_AD = g_TD.repeat_interleave(K, 0)[: len(out_AD)]
+    dots_A = (out_AD * g_AD).sum(-1)
+    return dots_A.new_zeros(len(g_TD) * K).index_copy(0, slot_A, dots_A).view(-1, K)
+
+
+def _gradient_without_g(out_AD, slot_A, g_TD, K):
+    return _weight_gradient(out_AD, slot_A, torch.ones_like(g_TD), K)
+
+
+def _gradient_mean(out_AD, slot_A, g_TD, K):
+    return _weight_gradient(out_AD, slot_A, g_TD, K) / out_AD.shape[-1]
+
+
+def _gradient_softmaxed(out_AD, slot_A, g_TD, K):
+    w_TK = _weight_gradient(out_AD, slot_A, g_TD, K)
+    return w_TK - w_TK.mean(-1, keepdim=True)
+
+
+# 3.7: combine, as a test meets it
+def _by_index_add(x_TD, out_AD, slot_A, w_TK):
+    w_A1 = w_TK.flatten()[slot_A].unsqueeze(-1)
+    return torch.zeros_like(x_TD).index_add(0, slot_A // w_TK.shape[1], w_A1 * out_AD)
+
+
+def _by_table(x_TD, out_AD, slot_A, w_TK):
+    return _combine(out_AD, slot_A, w_TK)
+
+
+def _by_loop(x_TD, out_AD, slot_A, w_TK):
+    y_TD = torch.zeros_like(x_TD)
+    for row, slot in zip(out_AD, slot_A.tolist()):
+        t, k = divmod(slot, w_TK.shape[1])
+        y_TD[t] = y_TD[t] + w_TK[t, k] * row
+    return y_TD
+
+
+def _from_a_copy(x_TD, out_AD, slot_A, w_TK):
+    """Tokens that no expert took come out as they went in."""
+    y_TD = _combine(out_AD, slot_A, w_TK)
+    taken_T = torch.zeros(len(x_TD), dtype=torch.bool).index_fill(0, slot_A // w_TK.shape[1], True)
+    return torch.where(taken_T.unsqueeze(-1), y_TD, x_TD)
+
+
+def _louder(x_TD, out_AD, slot_A, w_TK):
+    return _weighted_at_the_token(out_AD, slot_A, w_TK)
+
+
+def _keeps_one(x_TD, out_AD, slot_A, w_TK):
+    return _last_wins(out_AD, slot_A, w_TK)
+
+
+def _weights_by_row(x_TD, out_AD, slot_A, w_TK):
+    return _weights_not_sorted(out_AD, slot_A, w_TK)
+
+
+def _masked_junk(x_TD, out_AD, slot_A, w_TK):
+    """Slots without a row read memory that nobody wrote, times a weight of 0."""
+    T, K = w_TK.shape
+    table_SD = out_AD.new_full((T * K, out_AD.shape[-1]), torch.nan)
+    table_SD = table_SD.index_copy(0, slot_A, out_AD)
+    kept_S = torch.zeros(T * K, dtype=w_TK.dtype).index_fill(0, slot_A, 1.0)
+    return ((w_TK.flatten() * kept_S).unsqueeze(-1) * table_SD).view(T, K, -1).sum(1)
 
 
 EXERCISES = (
@@ -154,12 +290,42 @@ EXERCISES = (
                 "that somebody chose. Behind the first empty one, all later experts would get the rows of a neighbour. Count all E, with zeros. "
                 "Reread section 3.5.",
             ),
+            Idea(
+                "first choices only",
+                lambda x_TD, e_TK, E: _dispatch()(x_TD, e_TK[:, :1], E),
+                "You dispatched each token to its first expert only. A token goes to all K of its experts, so there are T * K rows. "
+                "Reread section 3.1.",
+            ),
+            Idea(
+                "slots in place of tokens",
+                _slots_for_tokens,
+                "The second thing you return is the slot of each row. Asked is its token, slot // K. Reread section 3.2.",
+            ),
+            Idea(
+                "the last expert is missing",
+                _dispatch(count=lambda e, E: torch.bincount(e)),
+                "bincount stops at the largest expert that somebody chose, so an idle last expert is missing from your counts. "
+                "Give it minlength=E. Reread section 3.2.",
+            ),
+            Idea(
+                "column by column",
+                _dispatch_by_columns,
+                "Within an expert your rows stand by choice: first all first choices, then all second ones. Asked is the order of the batch, by "
+                "token. Flatten e_TK as it lies, token by token. Reread section 3.2.",
+            ),
+            Idea(
+                "largest expert first",
+                _dispatch(order=lambda e: torch.argsort(e, descending=True, stable=True)),
+                "Your rows stand the other way round, the last expert first. The counts go from expert 0 on, so the slices "
+                "would not fit. Reread section 3.2.",
+            ),
         ),
     ),
     Exercise(
         "3.2",
         right=_combine,
         cases=_COMBINE,
+        differentiable="w_TK",
         praise="Each row went back to its token with its own weight, and a slot without a row added nothing at all.",
         ideas=(
             Idea(
@@ -186,12 +352,30 @@ EXERCISES = (
                 "You divided by the weights of the slots that were kept. Then a dropped slot "
                 "makes the others louder. Combine does not know about that: a slot without a row adds 0, no more. Reread section 3.6.",
             ),
+            Idea(
+                "row i is slot i",
+                _unsorted_rows,
+                "You took row i for slot i. The rows are sorted by expert; slot_A says which slot each of them is. Nothing of your output went "
+                "to the right token but by chance. Reread section 3.3.",
+            ),
+            Idea(
+                "remainder",
+                _token_by_remainder,
+                "You took the remainder of the slot by T for the token. Slot s belongs to token s // K. Reread section 3.2.",
+            ),
+            Idea(
+                "mean over K",
+                _divided_by_k,
+                "Your output is K times too small: you took a mean over the slots. The weights are the mean already; their products are added "
+                "up. Reread section 3.3.",
+            ),
         ),
     ),
     Exercise(
         "3.3",
         right=_layer(),
         cases=_LAYER,
+        differentiable="router_ED",
         praise="Router, dispatch, experts, combine: that is a whole MoE layer, and you wrote it.",
         ideas=(
             Idea(
@@ -229,93 +413,144 @@ EXERCISES = (
     ),
     Exercise(
         "3.4",
-        right=_padding,
-        cases=_COUNTS,
-        praise="The busiest expert sets the height of the table, and everybody else pays for it.",
+        right=_alone,
+        cases=_MIXED,
+        accepts=_alone_accepts,
+        praise="A call buys the right to be as high as one likes. It pays for an expert that would otherwise set the height for all.",
         ideas=(
             Idea(
-                "busy experts only",
-                lambda counts_E: 1 - counts_E.sum() / ((counts_E > 0).sum() * counts_E.max()),
-                "You left the empty experts "
-                "out of the table. It has a column of C places for each of the E experts, also for one without rows. Reread section 3.5.",
+                "always the table",
+                _free_padding,
+                "You put every expert into the table, always. One busy expert then sets the height for all of them, and "
+                "the padding is multiplied like any row. Write the time for each m and compare. Reread section 3.5.",
             ),
             Idea(
-                "in rows",
-                lambda counts_E: (len(counts_E) * counts_E.max() - counts_E.sum()) / counts_E.sum(),
-                "You divided the empty places by "
-                "the rows. Asked is their share of all places, E times C. Reread section 3.5.",
+                "always the loop",
+                lambda counts_E, call, row: len(counts_E),
+                "You run every expert alone, always. That wastes no row and pays a call for each expert, also for those with hardly "
+                "a row. Write the time for each m and compare. Reread section 3.5.",
             ),
             Idea(
-                "the share in use",
-                lambda counts_E: counts_E.sum() / (len(counts_E) * counts_E.max()),
-                "That is the share of places that are used. Asked is the rest. Reread section 3.5.",
+                "all or nothing",
+                _all_or_nothing,
+                "You chose between the loop and the table, the better of the two in each case. Something between them can be faster "
+                "than both: the busiest experts alone, the rest in a low table.",
+            ),
+            Idea(
+                "busier than the mean",
+                _above_the_mean,
+                "You run alone whoever has more than the mean. Whether that pays depends on what a call costs and what a row costs: "
+                "both are given. Write the time for each m and compare.",
+            ),
+            Idea(
+                "calls for nothing",
+                _free_calls,
+                "Your choice is the best one where a call costs nothing. Each expert that runs alone costs a call of its own, and the table one more.",
+            ),
+            Idea(
+                "busiest alone",
+                lambda counts_E, call, row: 1,
+                "You run the one busiest expert alone, always. Sometimes two or three are busy, and sometimes none. Write the time for "
+                "each m and compare.",
             ),
         ),
     ),
     Exercise(
         "3.5",
-        right=_bytes(),
-        cases=_SIZES,
-        praise="It grows with the square of T: E times C is T times K. Twice the tokens, four times the bytes.",
+        right=_weight_gradient,
+        cases=_WEIGHT_GRADIENT,
+        praise="A weight is pulled up where the expert's output points along the gradient's way, and a slot without a row is not pulled at "
+        "all. This dot product is all a router ever hears from the loss.",
         ideas=(
             Idea(
-                "without K",
-                _bytes(places=lambda T, E, K: math.ceil(T / E)),
-                "You counted tokens. With K experts each, T * K slots need a place, "
-                "so C is T * K / E rounded up. Reread section 3.7.",
+                "rows are not sorted back",
+                _gradient_in_row_order,
+                "Your dot products are right and stand in the order of the rows. The gradient has the shape of the weights: row a "
+                "belongs at slot slot_A[a]. Reread section 3.3.",
             ),
             Idea(
-                "one byte",
-                _bytes(number=1),
-                "You counted one byte for each number. A float32 has four. Reread section 3.7.",
+                "a stranger's gradient",
+                _gradient_of_a_stranger,
+                "You paired row i with the gradient of slot i. Row i is slot slot_A[i], so its token is slot_A[i] // K. Reread section 3.2.",
             ),
             Idea(
-                "a list of slots",
-                lambda T, E, K: 8 * T * K,
-                "That is the sorted list: one int64 for each slot. The one-hot mask has a number for "
-                "each token, expert and place, most of them 0. Reread section 3.7.",
+                "without g",
+                _gradient_without_g,
+                "You added up each expert's output. That would be the gradient of the sum of all outputs; the loss says with g_TD how "
+                "much each of them counts. Use the chain rule: dL/dw = dL/dy times dy/dw.",
+            ),
+            Idea(
+                "mean over D",
+                _gradient_mean,
+                "You took the mean over the D numbers. The weight multiplies each of them, so their contributions are added up.",
+            ),
+            Idea(
+                "through the softmax",
+                _gradient_softmaxed,
+                "You took the mean of each token off, as a softmax would. Asked is the gradient of the weights themselves, before it goes "
+                "back through the router.",
             ),
         ),
     ),
-    Exercise(
+    which(
         "3.6",
-        right=_STATEMENTS,
-        praise="You kept apart what is exact, what is only rounding, and what is a bug.",
-        ideas=(
-            Idea(
-                "gather is not combine",
-                _flipped[0],
-                "Look at (a) again. Dispatch copies a token to K rows, so its gradient is the sum of the "
-                "gradients of these rows: a combine with weights of 1. Reread section 3.3.",
+        options="ABCDE",
+        right="BD",
+        says={
+            "A": "A is right. Let it add up two rows of one token: index_add takes every row, also those of the same token. (Its order is "
+            "not fixed on a GPU, which is another question.) Reread section 3.8.",
+            "C": "C is right: a matrix with the weight of row a at its token is the combine of section 3.3. It costs more, and gives the same.",
+            "E": "E is right. A slot has at most one row, so nothing is overwritten when rows go to slots, and the table starts with zeros.",
+        },
+        praise="B keeps one row for each token: with an index on the left, += does not add up what has the same index. D reads memory that "
+        "nobody wrote, wherever a slot has no row. Both pass a test in which every token has one slot and none is dropped.",
+    ),
+    write_test(
+        "3.7",
+        good=(_by_index_add, _by_table, _by_loop),
+        broken={
+            "last one wins": (
+                _keeps_one,
+                "One implementation got through that keeps only the last row of a token. A test sees it if a token has two rows, with "
+                "weights that are not 0. Reread section 3.2.",
             ),
-            Idea(
-                "times zero is zero",
-                _flipped[1],
-                "Look at (b) again. What is 0 times NaN? Reread section 3.6.",
+            "weights by row": (
+                _weights_by_row,
+                "One implementation got through that gives row i the weight i. A test sees it if the rows' slots are not 0, 1, 2, ... and "
+                "the weights differ. Reread section 3.3.",
             ),
-            Idea(
-                "None is zero",
-                _flipped[2],
-                "Look at (c) again. An expert that is skipped is not part of the graph: its gradient is None. Reread "
-                "section 3.5.",
+            "from a copy": (
+                _from_a_copy,
+                "One implementation got through that starts its output from a copy of x: a token that no expert took comes out as it went in. "
+                "A test sees it if a token has no row at all and its x is not 0. Reread section 3.6.",
             ),
-            Idea(
-                "any order will do",
-                _flipped[3],
-                "Look at (d) again. Sums of rounded numbers depend on their order. Reread section 3.8.",
+            "louder": (
+                _louder,
+                "One implementation got through that divides by the weights that were kept. A test sees it if a token has lost one of two slots. "
+                "Reread section 3.6.",
             ),
-            Idea(
-                "homogeneous",
-                _flipped[4],
-                "Look at (e) again. A ReLU without a gate lets a positive factor through: relu(w h) = w relu(h). "
-                "Reread section 3.9.",
+            "junk times zero": (
+                _masked_junk,
+                "One implementation got through that reads rows nobody wrote, times 0. A test sees it if a slot has no row, and if it asks "
+                "that what comes out is finite (NaN is not even equal to itself). Reread section 3.6.",
             ),
-            Idea(
-                "sorting saves work",
-                _flipped[5],
-                "Look at (f) again. Each row still meets the matrices of its expert. What falls is the number of "
-                "calls, not of multiplications. Reread section 3.1.",
-            ),
+        },
+        praise="Your test lets three right ones pass and stops five that were shipped, or could have been. Keep it: two tokens with two slots, one "
+        "with one, one with none.",
+    ),
+    statements(
+        "3.8",
+        "TFFTTF",
+        says=(
+            "Look at (a) again. Dispatch copies a token to K rows, so its gradient is the sum of the gradients of these rows: a combine with "
+            "weights of 1. Reread section 3.3.",
+            "Look at (b) again. What is 0 times NaN? Reread section 3.6.",
+            "Look at (c) again. An expert that is skipped is not part of the graph: its gradient is None. Reread section 3.5.",
+            "Look at (d) again. Sums of rounded numbers depend on their order. Reread section 3.8.",
+            "Look at (e) again. A ReLU without a gate lets a positive factor through: relu(w h) = w relu(h). Reread section 3.9.",
+            "Look at (f) again. Each row still meets the matrices of its expert. What falls is the number of calls, not of multiplications. "
+            "Reread section 3.1.",
         ),
+        praise="You kept apart what is exact, what is only rounding, and what is a bug.",
     ),
 )

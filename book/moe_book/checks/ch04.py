@@ -2,7 +2,9 @@
 
 import math
 
-from .exercise import Exercise, Idea
+import torch
+
+from .exercise import Exercise, Idea, statements, which, write_test
 
 _MODELS = [
     (64, 96, 8, 2, 2, 256),
@@ -44,8 +46,107 @@ def _flops(
     return count
 
 
-def _first_loss(V, own_logit, repeats):
-    return math.log(V - 1 + math.exp(own_logit)) - repeats * own_logit
+# 4.3: where attention overtakes
+_WIDTHS = (
+    (64, 96, 2),
+    (512, 256, 8),
+    (4096, 14336, 2),
+    (256, 64, 1),
+    (10, 35, 1),
+    (32, 128, 1),
+)  # D, F, K
+
+
+def _longer(numbers=lambda D, F, K: 3 * F * K / 2 - 2 * D, floor=1, above=True):
+    def count(D, F, K):
+        bound = numbers(D, F, K)
+        return max(floor, math.floor(bound) + 1 if above else math.ceil(bound))
+
+    return count
+
+
+# 4.4: how many seeds
+_EFFECTS = ((0.1, 0.03), (0.04, 0.03), (0.05, 0.05), (0.03, 0.05), (0.4, 0.2))
+_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 2 to 10 seeds
+_MOST_SEEDS = 60
+_power = {}
+
+
+def _resolved(effect, spread, S):
+    """Share of experiments with S seeds whose 95 % interval has zero outside, on the right side."""
+    ratio = effect / spread
+    if (ratio, S) not in _power:
+        generator = torch.Generator().manual_seed(4)
+        d_XS = torch.randn(20_000, S, generator=generator, dtype=torch.float64) + ratio
+        t = _T95[S - 2] if S <= 10 else 1.96 + 2.7 / (S - 1)
+        low_X = d_XS.mean(1) - t * d_XS.std(1) / S**0.5
+        _power[ratio, S] = (low_X > 0).double().mean().item()
+    return _power[ratio, S]
+
+
+def _seeds(effect, spread):
+    return next(S for S in range(2, _MOST_SEEDS) if _resolved(effect, spread, S) >= 0.8)
+
+
+def _seeds_accept(S, effect, spread):
+    S = S.item() if isinstance(S, torch.Tensor) else S
+    if isinstance(S, bool) or int(S) != S or S < 2:
+        return "A number of seeds is a whole number, and an interval needs two at least."
+    S, least = int(S), _seeds(effect, spread)
+    share = _resolved(effect, spread, min(S, _MOST_SEEDS))
+    if S < least and share < 0.78:
+        return f"With {S} seeds, {share:.0%} of our simulated experiments had zero outside their interval: too few."
+    if S > least and _resolved(effect, spread, min(S, _MOST_SEEDS) - 1) > 0.82:
+        return f"With {S} seeds it is more than eight of ten, but fewer seeds would have done. Runs are dear."
+    return True
+
+
+# 4.6: layers to be tested
+def _pointwise(x_BND):
+    return x_BND * torch.sigmoid(x_BND.sum(-1, keepdim=True))
+
+
+def _running_mean(x_BND):
+    n_N1 = torch.arange(1, x_BND.shape[1] + 1).unsqueeze(-1)
+    return x_BND.cumsum(1) / n_N1
+
+
+def _first_come(x_BND):
+    """A queue inside each sequence: the first few tokens that want the expert get it."""
+    wants_BN = x_BND.sum(-1) > 0
+    served_BN = wants_BN & (wants_BN.cumsum(1) <= 2)
+    return x_BND * served_BN.unsqueeze(-1)
+
+
+def _expert_chooses(x_BND):
+    """The expert takes the better half of each sequence."""
+    score_BN = x_BND.sum(-1)
+    line_B1 = score_BN.median(1, keepdim=True).values
+    return x_BND * (score_BN >= line_B1).unsqueeze(-1)
+
+
+def _next_token(x_BND):
+    ahead = torch.cat([x_BND[:, 1:], torch.zeros_like(x_BND[:, :1])], 1)
+    return x_BND + 0.5 * ahead
+
+
+def _last_token(x_BND):
+    """The first position looks at the last one, and no other position does."""
+    y_BND = x_BND.clone()
+    y_BND[:, 0] = y_BND[:, 0] + 0.5 * x_BND[:, -1]
+    return y_BND
+
+
+def _queue_of_the_batch(x_BND):
+    """First come, first served, in one queue for the whole batch; half of it has places."""
+    wants_BN = x_BND.sum(-1) > 0
+    place_BN = wants_BN.flatten().cumsum(0).view_as(wants_BN)
+    return x_BND * (wants_BN & (place_BN <= wants_BN.numel() // 4)).unsqueeze(-1)
+
+
+def _batch_mean(x_BND):
+    """Takes off the mean of the batch at each position: no look ahead, only to the side."""
+    return x_BND - x_BND.mean(0, keepdim=True)
 
 
 EXERCISES = (
@@ -101,38 +202,6 @@ EXERCISES = (
     ),
     Exercise(
         "4.2",
-        right=lambda F, K, n_shared: (K + n_shared) * F,
-        cases=((96, 2, 1), (2048, 8, 1), (512, 6, 2), (64, 1, 0)),
-        praise="Shared experts are visited by every token, so they count like chosen ones, and E does not appear at all.",
-        ideas=(
-            Idea(
-                "no shared",
-                lambda F, K, n_shared: K * F,
-                "You counted the K routed experts only. A shared expert runs for every token "
-                "too, and the twin must pay for it. Reread section 4.3.",
-            ),
-            Idea(
-                "one expert",
-                lambda F, K, n_shared: F,
-                "You made the twin as wide as one expert. A token runs through K of them (and the "
-                "shared ones), so this twin is K times cheaper. Reread section 4.3.",
-            ),
-            Idea(
-                "shared only once",
-                lambda F, K, n_shared: K * F + min(n_shared, 1) * F,
-                "With two shared experts you counted one. Each of "
-                "them is F wide and each runs for every token. Reread section 4.3.",
-            ),
-            Idea(
-                "average",
-                lambda F, K, n_shared: K * F / (1 + n_shared),
-                "You divided by the shared experts. They come on top of the K "
-                "chosen ones: their work adds up. Reread section 4.3.",
-            ),
-        ),
-    ),
-    Exercise(
-        "4.3",
         right=_flops(),
         cases=tuple(_SPEND),
         praise="To the FLOP. From here you can price any model of this family before you train it.",
@@ -169,7 +238,7 @@ EXERCISES = (
                 "no combine",
                 _flops(combine=False),
                 "Nearly. Adding up K outputs with their weights costs 2 * K * D in each layer: small, "
-                "and the counter sees it. Reread section 4.5.",
+                "and torch's counter does not see it, for it is no matrix product. Reread section 4.5.",
             ),
             Idea(
                 "two matrices",
@@ -185,73 +254,138 @@ EXERCISES = (
         ),
     ),
     Exercise(
-        "4.4",
-        right=_first_loss,
-        cases=((256, 0.0, 0.17), (256, 1.24, 0.17), (32000, 3.0, 0.02)),
-        praise="A first loss that you can predict is the cheapest test of a training script there is.",
+        "4.3",
+        right=_longer(),
+        cases=_WIDTHS,
+        praise="From this length on most of the work is attention, and an MoE saves on the smaller part. D counts against the experts: the "
+        "projections are there at any length.",
         ideas=(
             Idea(
-                "uniform",
-                lambda V, own_logit, repeats: math.log(V),
-                "That is the loss of a uniform guess. With an own logit above 0 the "
-                "model leans towards repeating its input, and repeats are in the text. Reread section 4.8.",
+                "scores only",
+                _longer(lambda D, F, K: 3 * F * K / 2),
+                "You compared the experts with the attention scores alone. The four projections are attention's, too: 8 * D * D. Reread section 4.5.",
             ),
             Idea(
-                "bits",
-                lambda V, own_logit, repeats: _first_loss(V, own_logit, repeats) / math.log(2),
-                "Your number is in bits. "
-                "cross_entropy uses the natural logarithm: the loss is in nats. Reread section 4.8.",
+                "one expert",
+                _longer(lambda D, F, K: 3 * F / 2 - 2 * D),
+                "You compared with one expert. A token visits K of them. Reread section 4.5.",
             ),
             Idea(
-                "no normaliser",
-                lambda V, own_logit, repeats: math.log(V) - repeats * own_logit,
-                "You gave the repeated token its bonus "
-                "and forgot that it is paid for: one of the V terms under the logarithm grows from 1 to exp(own_logit). Reread section 4.8.",
+                "two matrices",
+                _longer(lambda D, F, K: F * K - 2 * D),
+                "You counted two matrices per expert. A gated expert has three: 6 * D * F * K. Reread section 4.5.",
             ),
             Idea(
-                "always repeats",
-                lambda V, own_logit, repeats: math.log(V - 1 + math.exp(own_logit)) - own_logit,
-                "Your loss holds if every "
-                "next token were a repeat. Only a share `repeats` of them is. Reread section 4.8.",
+                "scores once",
+                _longer(lambda D, F, K: 3 * F * K - 4 * D),
+                "You counted 2 * N * D for the scores. There are N dot products, and then a sum of N values: twice that. Reread section 4.5.",
             ),
             Idea(
-                "never repeats",
-                lambda V, own_logit, repeats: math.log(V - 1 + math.exp(own_logit)),
-                "Your loss holds if no next token "
-                "were a repeat. A share `repeats` of them is, and each gets its logit back. Reread section 4.8.",
+                "half of the projections",
+                _longer(lambda D, F, K: 3 * F * K / 2 - D),
+                "You counted 4 * D * D for the projections: those are the numbers in the matrices, and each costs two FLOPs. Reread section 4.5.",
+            ),
+            Idea(
+                "equal",
+                _longer(above=False),
+                "At this length attention costs as much as the experts, in the cases where the bound is a whole number. Asked is the first length "
+                "at which it costs more: one more there.",
+            ),
+            Idea(
+                "no token",
+                _longer(floor=-(10**9)),
+                "Your formula goes below 1 where the projections alone cost more than the experts. A sequence has at least one token.",
             ),
         ),
     ),
     Exercise(
-        "4.5",
-        right=lambda F, K, share: math.floor(3 * F * K * share) + 1,
-        cases=((96, 2, 0.125), (16, 1, 0.25), (512, 8, 0.0625)),
-        praise="D cancels: whether a router is cheap depends on how wide the experts are and how many of them a token visits.",
+        "4.4",
+        right=_seeds,
+        cases=_EFFECTS,
+        accepts=_seeds_accept,
+        praise="So many seeds, before the first run. With three, only an effect of three or four times its own spread would be seen most of the time.",
         ideas=(
             Idea(
-                "one expert",
-                lambda F, K, share: math.floor(3 * F * share) + 1,
-                "You compared the router with one expert. A token visits "
-                "K of them. Reread section 4.5.",
+                "three",
+                lambda effect, spread: 3,
+                "You take three, always, as we do. With three seeds t is 4.3, so only an effect much larger than its spread between seeds gets its zero outside the interval. Simulate, and look how often it does.",
             ),
             Idea(
-                "two matrices",
-                lambda F, K, share: math.floor(2 * F * K * share) + 1,
-                "You counted two matrices per expert. A gated expert "
-                "has three. Reread section 4.5.",
+                "half of the time",
+                lambda effect, spread: max(2, math.ceil((1.96 * spread / effect) ** 2)),
+                "You made the interval as wide as the effect. Then the mean lands on either side of that line about equally often, and every other "
+                "experiment shows nothing. Asked are eight of ten.",
             ),
             Idea(
-                "factor 2 once",
-                lambda F, K, share: math.floor(6 * F * K * share) + 1,
-                "Your E is twice too large: the factor 2 (a "
-                "multiplication and an addition) stands in the router's cost as well, 2 * D * E. Reread section 4.5.",
+                "normal in place of t",
+                lambda effect, spread: max(2, math.ceil((2.8 * spread / effect) ** 2)),
+                "You took the formula for a spread that is known: (1.96 + 0.84)² times (spread / effect)². The spread is estimated from the same few "
+                "seeds, so the interval is wider: t instead of 1.96. Simulate it with t.",
             ),
             Idea(
-                "equal",
-                lambda F, K, share: math.ceil(3 * F * K * share),
-                "At this E the router costs exactly the share, not more than "
-                "it. The question asks for the smallest E above it: one more.",
+                "signs only",
+                lambda effect, spread: 5,
+                "You take five, always. How many it takes depends on the effect in units of its spread: a few for a large one, dozens for a small one.",
             ),
         ),
+    ),
+    which(
+        "4.5",
+        options="ABCDE",
+        right="AD",
+        says={
+            "B": "B is right: it is the formula of section 4.8, line by line.",
+            "C": "C is right. cross_entropy wants the classes in dimension 1, so the transpose is needed, and the shift is there.",
+            "E": "E is right: the last position has a target of -100, and that is what cross_entropy leaves out by default.",
+        },
+        praise="A glues the sequences together before it shifts, so the last position of each predicts the first byte of a stranger: a small error "
+        "that no first loss gives away. D shifts the wrong way and asks for the byte before, which attention has seen.",
+    ),
+    write_test(
+        "4.6",
+        good=(_pointwise, _running_mean, _first_come),
+        broken={
+            "looks at the next token": (
+                _next_token,
+                "One layer got through that adds something of the next token. A test sees it if it changes one token and asks whether any earlier "
+                "output moved. Reread section 4.7.",
+            ),
+            "one position looks far ahead": (
+                _last_token,
+                "One layer got through in which only the first position looks at the last one. A test sees it if it compares all earlier positions, "
+                "not only the neighbour of the changed one. Reread section 4.7.",
+            ),
+            "the expert chooses": (
+                _expert_chooses,
+                "One layer got through in which the expert takes the better half of each sequence. A small change may leave the ranking as it "
+                "is: change the last token by much, or try many inputs. Reread section 4.7.",
+            ),
+            "one queue for the batch": (
+                _queue_of_the_batch,
+                "One layer got through in which all sequences stand in one queue. It does not look ahead; it looks to the side. A test sees it if "
+                "another sequence of the batch is changed, by much. Reread section 4.7.",
+            ),
+            "mean of the batch": (
+                _batch_mean,
+                "One layer got through that takes off the mean over the batch. A test sees it if another sequence is changed and the outputs of "
+                "this one are compared. Reread section 4.7.",
+            ),
+        },
+        praise="No way from later tokens, none from other sequences: your test holds for any layer. Run it on every router you meet; chapter 9 has "
+        "one that fails.",
+    ),
+    statements(
+        "4.7",
+        "TFTFFT",
+        says=(
+            "Look at (a) again. A token visits K experts of width F, however many there are to choose from. Only the router grows. Reread section 4.5.",
+            "Look at (b) again. The MoE adds 0 to the residual stream, and the stream carries the token on. Reread section 4.4.",
+            "Look at (c) again. The counter is blind to one of the two programs; the multiplications are done in both. Reread section 4.5.",
+            "Look at (d) again. The MoE has its routers besides: L * D * E numbers that every token is multiplied with. Reread section 4.6.",
+            "Look at (e) again. Only the scores grow with N; projections, experts and head cost a token what they cost. Reread section 4.5.",
+            "Look at (f) again. The optimiser goes through all parameters in every step: decay and momentum move also those without a gradient. "
+            "Reread section 4.11.",
+        ),
+        praise="You know what is counted, what is carried, and what is touched.",
     ),
 )

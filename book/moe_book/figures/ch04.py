@@ -227,3 +227,94 @@ def characters_in_color(
         xaxis={**bare, "range": [-0.6, columns - 0.4]},
         yaxis={**bare, "range": [max(max(y), 8) + 0.5, -2.2]},
     )
+
+
+SECOND = ("dense FFN", "MoE", "MoE, one token without a place")
+
+
+def block(second: str, *, height: int = 300) -> go.Figure:
+    """A pre-norm block and four tokens on their residual streams: attention, where tokens meet, then the second place, where each is alone.
+
+    Args:
+        second: one of SECOND: what stands in the second place. The dense FFN is drawn as its two halves.
+
+    Raises:
+        ValueError: second is none of them.
+    """
+    if second not in SECOND:
+        raise ValueError(f"second={second!r} must be one of {SECOND}")
+    chosen = [(2, 5), (0, 2), (5, 1), (2, 0)]  # two of eight experts for each token
+    dropped = 2 if second == SECOND[2] else None
+    lanes, dense = range(len(chosen)), second == SECOND[0]
+    streams = go.Scatter(
+        x=[0.35, 9.1, None] * len(chosen),
+        y=[y for n in lanes for y in (n, n, None)],
+        mode="lines",
+        line={"color": theme.MUTED, "width": 2},
+    )
+    meetings = [(m, n) for n in lanes for m in range(n + 1)]  # no way from a later token
+    attention = go.Scatter(
+        x=[1.3, 2.9, 3.5, None] * len(meetings),
+        y=[y for m, n in meetings for y in (m, n - 0.38, n, None)],
+        mode="lines",
+        line={"color": theme.INK, "width": 1},
+    )
+    ways = [n for n in lanes if n != dropped]
+    boxes = [(x, n, e) for n in ways for x, e in zip((5.7, 6.7), chosen[n])]
+    second_place = go.Scatter(
+        x=[v for x, _, _ in boxes for v in (4.6, x, 7.8, None)],
+        y=[v for _, n, _ in boxes for v in (n, n - 0.38, n, None)],
+        mode="lines",
+        line={"color": theme.INK, "width": 1},
+    )
+    experts = go.Scatter(
+        x=[x for x, _, _ in boxes],
+        y=[n - 0.38 for _, n, _ in boxes],
+        mode="markers+text",
+        text=["½" if dense else f"W{e}" for _, _, e in boxes],
+        textfont={"size": 12, "color": "#111111"},
+        marker={
+            "symbol": "square",
+            "size": 25,
+            "color": ["#8C8C8C" if dense else theme.expert_color(e) for _, _, e in boxes],
+            "line": {"width": 0},
+        },
+    )
+    sums = [(3.5, n) for n in lanes] + [(7.8, n) for n in ways]
+    plus = go.Scatter(
+        x=[x for x, _ in sums],
+        y=[n for _, n in sums],
+        mode="markers",
+        marker={"symbol": "cross", "size": 10, "color": theme.INK},
+    )
+    tokens = go.Scatter(
+        x=[0] * len(chosen) + [9.45] * len(chosen),
+        y=[*lanes, *lanes],
+        mode="markers+text",
+        text=[str(n) for n in lanes] * 2,
+        textfont={"size": 12},
+        marker={
+            "symbol": "square",
+            "size": 22,
+            "color": theme.CLEAR,
+            "line": {"width": 1.4, "color": theme.INK},
+        },
+    )
+    heads = [
+        {"x": x, "y": -0.9, "text": text, "showarrow": False}
+        for x, text in (
+            (0, "x"),
+            (2.4, "attention"),
+            (6.2, "dense FFN" if dense else "experts"),
+            (9.45, "x′"),
+        )
+    ]
+    bare = {"visible": False, "showgrid": False}
+    return theme.figure(
+        [streams, attention, second_place, experts, plus, tokens],
+        height=height,
+        margin={"l": 4, "r": 4, "t": 4, "b": 4},
+        annotations=heads,
+        xaxis={**bare, "range": [-0.5, 9.95]},
+        yaxis={**bare, "range": [len(chosen) - 0.5, -1.2]},
+    )

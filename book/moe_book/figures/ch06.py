@@ -157,3 +157,86 @@ def over_time(series: dict, *, every: int) -> go.Figure:
         y_range=(0, 0.75),
         colors=dict(zip(names, ["#8C8C8C", "#D55E00", "#56B4E9", "#0072B2"])),
     )
+
+
+def timeline(load_SE, *, capacity: int | None, longest: int, height: int = 260) -> go.Figure:
+    """Experts on GPUs of their own, batch after batch, in the time that one token takes; the next batch begins when all are done.
+
+    Without a capacity, a GPU works on the tokens it was sent, and waits for the busiest. With one, each works on its places, also on those that stay
+    empty, and the tokens beyond them cost no time; how many they are stands at the end of the row.
+
+    Args:
+        load_SE: (S, E) tokens sent to each expert in each batch. capacity: places per expert, None for no limit.
+        longest: the latest end there is room for; fix it across the frames of an Explorer.
+
+    Raises:
+        ValueError: the batches take longer than ``longest``.
+    """
+    load_SE = array(load_SE, 2, "load_SE").astype(int)
+    E = load_SE.shape[1]
+    lasts = [int(row.max()) if capacity is None else capacity for row in load_SE]
+    ends = [sum(lasts[: s + 1]) for s in range(len(lasts))]
+    if ends[-1] > longest:
+        raise ValueError(f"the batches take {ends[-1]}; longest={longest} must be at least as long")
+    worked, idle, done, lost = [], [], [], [0] * E
+    for load_E, last, end in zip(load_SE.tolist(), lasts, ends):
+        for e, load in enumerate(load_E):
+            kept = min(load, last)
+            worked += [(end - last + i + 0.5, e) for i in range(kept)]
+            idle += [(end - last + i + 0.5, e) for i in range(kept, last)]
+            done.append((end - last + kept, e))
+            lost[e] += load - kept
+    spots = {"works on a token": (worked, 0.5), "has none": (idle, 0.06)}
+    squares = [
+        go.Bar(
+            x=[0.84] * len(points),
+            base=[x - 0.42 for x, _ in points],
+            y=[e for _, e in points],
+            width=width,
+            offset=-width / 2,
+            orientation="h",
+            name=name,
+            hoverinfo="skip",
+            marker={
+                "color": [
+                    theme.expert_color(e, E) if points is worked else theme.MUTED for _, e in points
+                ]
+            },
+        )
+        for name, (points, width) in spots.items()
+    ]
+    marks = go.Scatter(
+        x=[x for end in ends for x in (end, end, None)],
+        y=[y for _ in ends for y in (-0.6, E - 0.4, None)],
+        mode="lines",
+        hoverinfo="skip",
+        line={"color": theme.INK, "dash": "dash", "width": 1.5},
+    )
+    table = go.Scatter(  # unseen: what the table behind the figure says
+        x=[x for x, _ in done],
+        y=[e for _, e in done],
+        mode="markers",
+        name="last token done",
+        marker={"size": 1, "color": theme.CLEAR},
+    )
+    said = go.Scatter(
+        x=[ends[-1] + 0.5] * E,
+        y=list(range(E)),
+        mode="text",
+        hoverinfo="skip",
+        cliponaxis=False,
+        text=[f" {n} dropped" if n else "" for n in lost],
+        textposition="middle right",
+    )
+    return theme.figure(
+        [*squares, marks, said, table],
+        height=height,
+        margin={"l": 64, "r": 84, "t": 12, "b": 48},
+        xaxis={"title": {"text": "time, in the work on one token"}, "range": [-0.5, longest + 0.7]},
+        yaxis={
+            "tickvals": list(range(E)),
+            "ticktext": [f"GPU {e}" for e in range(E)],
+            "range": [E - 0.4, -0.6],
+            "showgrid": False,
+        },
+    )

@@ -1,5 +1,7 @@
 """Chapter 7's own figures: noise, its estimate of the load, one expert a token, and how often GShard's second is asked."""
 
+import math
+
 import plotly.graph_objects as go
 
 from .. import theme
@@ -11,11 +13,12 @@ LOSS = "held-out loss (nats per byte)"
 TOP1_SHOWS = {  # what is shown -> the sentence below it
     "router's gradient": "Four seeds each. The gradient is that of the language model's loss alone, "
     "the balance loss left out.",
+    "tokens that change experts": "Four seeds each. The share of one held-out batch that another expert serves than 25 steps before.",
     "held-out loss at the end": "Four seeds each, 300 steps. Further left is better.",
 }
-NOISE_SHOWS = {  # what is shown -> key of the run, title and range of the axis
-    "spread of the load": ("variation", "coefficient of variation", (0, 1.4)),
-    "held-out loss": ("valid_loss", LOSS, (2.0, 2.5)),
+NOISE_SHOWS = {  # what is shown -> key of the run, title and range of the axis, None for that of the data
+    "spread of the load": ("variation", "coefficient of variation", (0, 2.0)),
+    "held-out loss": ("valid_loss", LOSS, None),
     "tokens that change experts": ("moved", "share of tokens", (-0.05, 1.05)),
 }
 
@@ -94,6 +97,77 @@ def visits_over_time(seen_RSE) -> go.Figure:
     )
 
 
+def own_noise_again(h_E, H_E, threshold_E, P_E, sigma: float, *, height: int = 380) -> go.Figure:
+    """A row per expert: where its logit would fall if its own noise were drawn again, its threshold, and the part above it.
+
+    Args:
+        h_E: logits without noise. H_E: the noisy ones of this draw. threshold_E: what each has to beat. P_E: its chance. sigma: of the noise.
+    """
+    h, H, thresholds, P = (
+        array(v, 1, name).tolist()
+        for v, name in ((h_E, "h_E"), (H_E, "H_E"), (threshold_E, "threshold_E"), (P_E, "P_E"))
+    )
+    traces = []
+    for e, color in enumerate(theme.expert_colors(len(h))):
+        row = len(h) - 1 - e  # expert 0 on top
+
+        def bell(x, e=e, row=row):
+            return row + 0.7 * math.exp(-(((x - h[e]) / sigma) ** 2) / 2)
+
+        grid = [h[e] + sigma * (i - 24) / 7 for i in range(49)]
+        above = [thresholds[e]] + [x for x in grid if x > thresholds[e]]
+        line = {"color": color, "width": 2}
+        traces += [
+            go.Scatter(x=grid, y=[bell(x) for x in grid], mode="lines", line=line),
+            go.Scatter(
+                x=[above[0], *above, above[-1]],
+                y=[row, *map(bell, above), row],
+                mode="none",
+                fill="toself",
+                fillcolor=theme.fade(color, 0.45),
+            ),
+            go.Scatter(
+                x=[thresholds[e]] * 2,
+                y=[row, row + 0.8],
+                mode="lines",
+                line={"color": theme.INK, "dash": "dash", "width": 1.5},
+            ),
+            go.Scatter(
+                x=[H[e]],
+                y=[row],
+                mode="markers",
+                cliponaxis=False,
+                marker={
+                    "symbol": "diamond",
+                    "size": 11,
+                    "color": color if H[e] > thresholds[e] else theme.CLEAR,
+                    "line": {"color": color, "width": 2},
+                },
+            ),
+        ]
+    notes = [
+        {
+            "x": 1,
+            "xref": "paper",
+            "y": len(h) - 1 - e + 0.45,
+            "text": f"P = {P[e]:.2f}",
+            "showarrow": False,
+            "xanchor": "right",
+        }
+        for e in range(len(h))
+    ]
+    names = [f"expert {len(h) - 1 - row}" for row in range(len(h))]
+    return theme.figure(
+        traces,
+        height=height,
+        margin={"l": 80, "r": 24, "t": 12, "b": 48},
+        annotations=notes,
+        xaxis={"title": {"text": "logit"}, "range": [-4, 8]},
+        yaxis={"tickvals": list(range(len(h))), "ticktext": names, "range": [-0.2, len(h) - 0.1]},
+        showlegend=False,
+    )
+
+
 def count_and_estimate(count_X, P_X, logit_X) -> go.Figure:
     """How often an expert is chosen, and the estimate of it, against its logit."""
     return curves(
@@ -106,10 +180,20 @@ def count_and_estimate(count_X, P_X, logit_X) -> go.Figure:
 
 
 def top1(runs: dict[str, list[dict]], show: str) -> go.Figure:
-    """The stored run of top-1 routers: the gradient of the first three over steps, or every router's loss at the end."""
+    """The stored run of top-1 routers: the gradient of three over steps, how many tokens change experts, or every router's loss at the end."""
     if show == "held-out loss at the end":
         final = {name: [one["valid_loss"][-1] for one in seeds] for name, seeds in runs.items()}
-        return dots(final, x_title=LOSS, x_range=(2.05, 2.65))
+        return dots(final, x_title=LOSS, x_range=_around(final))
+    if show == "tokens that change experts":
+        names = ("weight p", "renormalised", "frozen, weight 1", "renormalised, no balance loss")
+        return curves(
+            {name: [one["moved"] for one in runs[name]] for name in names},
+            x=runs[names[0]][0]["gradient_step"][1:],
+            y_title="share of tokens",
+            y_range=(-0.02, 1.0),
+            height=400,
+            colors=dict(zip(runs, theme.OKABE_ITO)),
+        )
     shown = list(runs)[:3]
     figure = curves(
         {name: [one["gradient_norm"] for one in runs[name]] for name in shown},
@@ -143,11 +227,20 @@ def capacity(runs: dict[str, list[dict]], show: str) -> go.Figure:
             final[label] = [one["valid_loss"][-1] for one in seeds]
         else:
             final[f"trained at {name}"] = [one["loss_by_eval_factor"][factor] for one in seeds]
-    return dots(final, x_title=LOSS, rows=6, x_range=(1.9, 2.6 if factor == "0.5" else 2.2))
+    return dots(final, x_title=LOSS, rows=6, x_range=_around(final))
 
 
 def noise(runs: dict[str, list[dict]], show: str) -> go.Figure:
     """The stored run of noisy routers at its end. show: one of NOISE_SHOWS."""
     key, title, limits = NOISE_SHOWS[show]
     final = {name: [one[key][-1] for one in seeds] for name, seeds in runs.items()}
-    return dots(final, x_range=limits, rows=3, x_title=title)
+    return dots(final, x_range=limits or _around(final), rows=max(3, len(runs)), x_title=title)
+
+
+def _around(groups: dict[str, list[float]]) -> tuple[float, float]:
+    """A range that holds every value, in whole hundredths."""
+    values = [value for group in groups.values() for value in group]
+    margin = 0.08 * (max(values) - min(values)) + 0.01
+    return math.floor(100 * (min(values) - margin)) / 100, math.ceil(
+        100 * (max(values) + margin)
+    ) / 100

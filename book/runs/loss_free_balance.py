@@ -14,7 +14,8 @@ import torch
 
 from moe_book import corpus, runs
 from moe_book.training import train
-from moe_core import LanguageModel, LMConfig, MoEConfig, metrics
+from moe_core import LanguageModel, LMConfig, MoEConfig, losses, metrics
+from moe_core.lm import next_token_loss
 
 SEEDS = [0, 1, 2, 3]
 SIZES = {"d_model": 64, "n_layers": 2, "n_heads": 4}
@@ -94,6 +95,45 @@ def biases(model: LanguageModel) -> list[list[float]]:
     ]
 
 
+@torch.no_grad()
+def routed(model: LanguageModel, text: corpus.Corpus, split: str) -> list[tuple]:
+    """The routings of fresh windows of a split, as [layer][batch]; nothing of the model moves."""
+    generator = torch.Generator().manual_seed(3)
+    size = (CONFIG["batch_size"], CONFIG["seq_len"])
+    batches = [
+        model(text.batch(*size, generator=generator, split=split)[0])[1]
+        for _ in range(CONFIG["held_out_batches"])
+    ]
+    return list(zip(*batches))
+
+
+def pull(model: LanguageModel, text: corpus.Corpus) -> dict:
+    """The balance loss's gradient (coefficient 0.01) beside the language model's, at each router's weight.
+
+    Both are the mean over 16 batches of training text. size: the length of the first over that of the second. cosine: of the angle.
+    """
+    generator = torch.Generator().manual_seed(5)
+    weights = [block.feed_forward.router.weight for block in model.blocks]
+    language, balance = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    for _ in range(CONFIG["held_out_batches"]):
+        tokens, _ = text.batch(
+            CONFIG["batch_size"], CONFIG["seq_len"], generator=generator, split="train"
+        )
+        logits, routings = model(tokens)
+        loss = next_token_loss(logits, tokens)
+        even = 0.01 * sum(losses.load_balance(one) for one in routings)
+        for total, one in ((language, loss), (balance, even)):
+            for g, new in zip(total, torch.autograd.grad(one, weights, retain_graph=True)):
+                g += new
+    return {
+        "size": [(b.norm() / g.norm()).item() for b, g in zip(balance, language)],
+        "cosine": [
+            torch.cosine_similarity(b.flatten(), g.flatten(), dim=0).item()
+            for b, g in zip(balance, language)
+        ],
+    }
+
+
 def run(arm: str, seed: int, text: corpus.Corpus, steps: int = CONFIG["steps"]) -> dict:
     """Train once; then the held-out loss, and MaxVio of held-out batches and of all of them together."""
     model = build(seed, arm)
@@ -114,17 +154,7 @@ def run(arm: str, seed: int, text: corpus.Corpus, steps: int = CONFIG["steps"]) 
         on_step=remember,
     )
     model.eval()
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        batches = [
-            model(
-                text.batch(
-                    CONFIG["batch_size"], CONFIG["seq_len"], generator=generator, split="valid"
-                )[0]
-            )[1]
-            for _ in range(CONFIG["held_out_batches"])
-        ]
-    layers = list(zip(*batches))  # [layer][batch]
+    layers = routed(model, text, "valid")
     load = torch.tensor(history.load)
     train_vio = (load.max(-1).values * CONFIG["n_experts"] - 1).mean(1)  # mean over layers
     out = {
@@ -136,9 +166,14 @@ def run(arm: str, seed: int, text: corpus.Corpus, steps: int = CONFIG["steps"]) 
         ],
         "maxvio_train": train_vio[: steps - steps % EVERY].view(-1, EVERY).mean(1).tolist(),
         "bias": biases(model),
+        "maxvio_on": {
+            split: [metrics.max_violation(layer).item() for layer in routed(model, text, split)]
+            for split in ("train", "shifted")
+        },
+        "pull": pull(model, text),
     }
     return out | (
-        {"bias_trail": trail}
+        {"bias_trail": trail, "maxvio_steps": train_vio.tolist()}
         if seed == SEEDS[0] and arm in SWEEP and steps == CONFIG["steps"]
         else {}
     )

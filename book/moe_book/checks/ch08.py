@@ -12,6 +12,8 @@ _STEPS = (
     (torch.zeros(4), torch.tensor([10, 2, 2, 2]), 0.01),
     (_BIAS, torch.tensor([6, 4, 1, 5]), 0.001),
     (_BIAS, torch.tensor([4, 4, 4, 4]), 0.1),
+    (torch.zeros(3), torch.tensor([3, 3, 2]), 0.01),  # the mean is no whole number
+    (_BIAS + 2.0, torch.tensor([6, 4, 1, 5]), 0.001),  # a bias that has drifted
 )
 
 
@@ -25,6 +27,16 @@ def _stepped(direction, centre=True):
 
 def _missing_sign(c_E):
     return (c_E.mean() - c_E).sign()
+
+
+def _step_centred(bias_E, counts_E, u):
+    step_E = u * _missing_sign(counts_E.float())
+    return bias_E + step_E - step_E.mean()
+
+
+def _whole_mean(bias_E, counts_E, u):
+    new_E = bias_E + u * (counts_E.sum() // len(counts_E) - counts_E).sign()
+    return new_E - new_E.mean()
 
 
 # 8.2: choose with the bias, weigh without
@@ -69,7 +81,19 @@ def _violations(one=_vio, pool=True):
 _CHOICE = torch.tensor(
     [[0.9, 0.1, 0.6, 0.55, 0.5, 0.45, 0.7, 0.2], [0.3, 0.3, 0.1, 0.9, 0.8, 0.7, 0.2, 0.95]]
 )
-_GROUPS = ((_CHOICE, 4, 2, 3), (_CHOICE - 1.5, 4, 2, 3), (_CHOICE, 2, 1, 3))
+_FOURS = torch.tensor(
+    [[0.9, 0.8, 0.0, 0.1, 0.5, 0.49, 0.51, 0.48]]
+)  # best two against the sum of all
+_THREES = torch.tensor([[0.8, 0.7, 0.1, 0.79, 0.0, 0.05], [0.2, 0.1, 0.3, 0.9, 0.8, 0.7]])
+_GROUPS = (
+    (_CHOICE, 4, 2, 3),
+    (_CHOICE - 1.5, 4, 2, 3),
+    (_CHOICE, 2, 1, 3),
+    (_FOURS, 2, 1, 2),
+    (_FOURS - 4.0, 2, 1, 4),  # -1 is better than all of them
+    (torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.1, 0.1, 0.1]]), 3, 2, 3),  # one group has all
+    (_THREES, 2, 1, 2),
+)
 
 
 def _grouped(
@@ -99,11 +123,20 @@ _strided = _grouped(
 )
 
 
-def _same_experts(output, choice_TE, G, M, K):
-    """The same K experts for each token; their order in the slots is free."""
-    return torch.equal(
-        torch.as_tensor(output).long().sort(-1).values, _grouped()(choice_TE, G, M, K)
-    )
+def _some_of_each(choice_TE, G, M, K):
+    """As many from each of the chosen groups."""
+    grouped = choice_TE.unflatten(-1, (G, -1))
+    each = min(-(-K // M), grouped.shape[-1])
+    rows = []
+    for row in grouped:
+        best = row.topk(2, -1).values.sum(-1).topk(M).indices.tolist()
+        inside = [
+            (float(row[g, e]), g * row.shape[1] + int(e))
+            for g in best
+            for e in row[g].topk(each).indices
+        ]
+        rows.append(sorted(e for _, e in sorted(inside, reverse=True)[:K]))
+    return torch.tensor(rows)
 
 
 # 8.5: one step from several micro-batches
@@ -115,6 +148,11 @@ _DIRECTIONS = (
     ([_ONE, _TWO], list(_REAL), 4),
     ([_ONE, _TWO], list(_PADDED), 4),
     ([_TWO], [_REAL[1]], 5),
+    (
+        [torch.tensor([[0, 1], [0, 1], [1, 2]])],
+        [torch.ones(3, dtype=torch.bool)],
+        3,
+    ),  # counts 2, 3, 1
 )
 
 
@@ -140,6 +178,11 @@ def _last_only(indices, real, E):
 
 def _against(indices, real, E):
     return -_direction(indices, real, E)
+
+
+def _never_zero(indices, real, E):
+    c_E = sum(_count(i, r, E) for i, r in zip(indices, real)).float()
+    return torch.where(c_E > c_E.mean(), -1.0, 1.0)
 
 
 # 8.6: how many steps until the last token of the margin moves over
@@ -170,6 +213,16 @@ EXERCISES = (
                 "When one expert is busy and three are idle, the sum of the signs is not 0, and the bias drifts. Reread section 8.7.",
             ),
             Idea(
+                "step centred",
+                _step_centred,
+                "You take the mean off the step. A bias that has drifted stays where it is then: take the mean off the new bias. Reread section 8.7.",
+            ),
+            Idea(
+                "whole mean",
+                _whole_mean,
+                "Your mean is rounded down to a whole number. With counts 3, 3, 2 it is 8/3, and the idle expert must come up. Reread section 8.1.",
+            ),
+            Idea(
                 "proportional",
                 _stepped(lambda c: (c.mean() - c) / c.mean()),
                 "You step by the relative error, not by its sign. That is a "
@@ -194,6 +247,11 @@ EXERCISES = (
                 _routed(weigh=lambda s, b: s + b),
                 "Your weights hold the bias. It is there to choose and for nothing else: "
                 "gather the weights from the scores without it. This is the bug of section 8.3.",
+            ),
+            Idea(
+                "score minus bias",
+                _routed(choose=lambda s, b: s - b),
+                "You chose by score minus bias. The bias is a price turned around: it is added. Reread section 8.1.",
             ),
             Idea(
                 "bias forgotten",
@@ -252,7 +310,7 @@ EXERCISES = (
         "8.4",
         right=_grouped(),
         cases=_GROUPS,
-        accepts=_same_experts,
+        unordered=True,
         praise="Groups first, experts inside them second, and nobody outside can win, however negative the scores.",
         ideas=(
             Idea(
@@ -266,6 +324,21 @@ EXERCISES = (
                 _grouped(score=lambda g: g.amax(-1)),
                 "You judge a group by its best expert alone. That is DeepSeek-V2's rule. "
                 "DeepSeek-V3 adds up the best two. Reread section 8.6.",
+            ),
+            Idea(
+                "whole group",
+                _grouped(score=lambda g: g.sum(-1)),
+                "You judge a group by the sum of all its experts. Only its best two count: a group may be dull apart from them. Reread section 8.6.",
+            ),
+            Idea(
+                "filled with minus one",
+                _grouped(fill=-1.0),
+                "You set the experts outside the groups to -1. Biased scores may be lower still, and then the outsiders win. Use -inf. Reread section 8.6.",
+            ),
+            Idea(
+                "as many from each",
+                _some_of_each,
+                "You take a like number of experts from each chosen group. The K best inside the groups may all live in one. Reread section 8.6.",
             ),
             Idea(
                 "no limit",
@@ -297,6 +370,11 @@ EXERCISES = (
                 _with_padding,
                 "You counted the padding. All padding tokens are alike, so they go to the same experts and "
                 "make those look busy. Count real tokens only. Reread section 8.7.",
+            ),
+            Idea(
+                "never zero",
+                _never_zero,
+                "Your direction is never 0. An expert with exactly the mean stays where it is. Reread section 8.1.",
             ),
             Idea(
                 "last micro-batch",

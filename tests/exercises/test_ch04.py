@@ -2,7 +2,6 @@
 
 import math
 
-import pytest
 import torch
 
 from moe_book.checks import check, exercises
@@ -244,17 +243,6 @@ WRONG = {
         ("maybe", None),
     ],
 }
-
-
-@pytest.mark.parametrize(
-    ("number", "answer", "idea"),
-    [(number, *pair) for number, pairs in WRONG.items() for pair in pairs],
-)
-def test_a_wrong_answer_is_refused_and_called_by_its_idea_where_it_has_one(number, answer, idea):
-    verdict = check(number, answer)
-    assert verdict.status == "wrong"
-    if idea is not None:
-        assert verdict.idea == idea
 
 
 def test_every_wrong_idea_gets_its_own_name():

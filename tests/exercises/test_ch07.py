@@ -3,7 +3,6 @@
 import math
 import statistics
 
-import pytest
 import torch
 
 from moe_book.checks import check
@@ -151,7 +150,7 @@ def too_strict(jitter):
     return torch.equal(y, x * (0.9 + 0.2 * torch.rand(3, 4)))
 
 
-WRONG = {  # what a class would hand in; none may pass
+REFUSED = {  # what a class would hand in; none may pass
     "7.1": [
         lambda H, K: H.topk(K, -1).values,
         lambda H, K: H.topk(K, -1).values[:, -1],
@@ -264,15 +263,6 @@ WRONG = {  # what a class would hand in; none may pass
         True,
     ],
 }
-
-
-@pytest.mark.parametrize(
-    ("number", "answer"), [(number, answer) for number in WRONG for answer in WRONG[number]]
-)
-def test_what_a_class_would_hand_in_is_refused(number, answer):
-    verdict = check(number, answer)
-    assert verdict.status in ("wrong", "not attempted") and not verdict.right
-    assert verdict.status == "wrong" or number == "7.6"
 
 
 def test_a_load_without_gradient_is_right_with_a_remark():

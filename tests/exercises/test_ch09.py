@@ -2,10 +2,7 @@
 
 import math
 
-import pytest
 import torch
-
-from moe_book.checks import check
 
 
 def choose_by_topk(scores_TE, c):
@@ -126,7 +123,7 @@ def by_a_strict_bar(scores_TE, c):
     return scores_TE > scores_TE.sort(0, descending=True).values[c - 1]
 
 
-WRONG = {
+REFUSED = {
     "9.1": [
         by_a_strict_bar,
         lambda s, c: s.sort(0, descending=True, stable=True).indices[:c],
@@ -186,10 +183,3 @@ WRONG = {
     "9.6": ["A", "ABCDE", "C", "E", "BD", "", "F", 5, "CDE"],
     "9.7": ["TTTTTT", "FFFFFF", "TFFTF", "TFFTFTT", "yes", 5, "TFTTFT", "FTTFTF"],
 }
-
-
-@pytest.mark.parametrize(
-    ("number", "answer"), [(n, a) for n, answers in WRONG.items() for a in answers]
-)
-def test_a_wrong_answer_is_refused(number, answer):
-    assert check(number, answer).status == "wrong"

@@ -1,6 +1,7 @@
 """Every exercise of every chapter, and the checker itself on a toy.
 
-Right answers that differ from a checker's own stand beside this file, one module a chapter: RIGHT["2.1"] = [answer, answer].
+What readers hand in stands beside this file, one module a chapter: RIGHT["2.1"] = [answer, answer], other right answers than the checker's own;
+WRONG["2.1"] = [(answer, idea)], with the name of the idea or None; REFUSED["2.1"] = [answer].
 """
 
 from importlib import import_module
@@ -19,11 +20,22 @@ CHAPTERS = sorted(
 EXERCISES = [exercise for chapter in CHAPTERS for exercise in exercises(chapter).values()]
 
 
-def right_answers(chapter: int) -> dict:
-    """The RIGHT of tests/exercises/test_chNN.py; empty where there is no such module."""
+def handed_in(chapter: int, kind: str) -> dict:
+    """RIGHT, WRONG or REFUSED of tests/exercises/test_chNN.py; empty where there is none."""
     if not Path(__file__).with_name(f"test_ch{chapter:02d}.py").exists():
         return {}
-    return import_module(f".test_ch{chapter:02d}", __package__).RIGHT
+    return getattr(import_module(f".test_ch{chapter:02d}", __package__), kind, {})
+
+
+WRONG = [
+    (number, answer, idea)
+    for chapter in CHAPTERS
+    for number, answers in (
+        *handed_in(chapter, "WRONG").items(),
+        *((n, [(one, None) for one in all_]) for n, all_ in handed_in(chapter, "REFUSED").items()),
+    )
+    for answer, idea in answers
+]
 
 
 each_exercise = pytest.mark.parametrize("exercise", EXERCISES, ids=lambda exercise: exercise.number)
@@ -63,7 +75,7 @@ def test_the_checkers_own_answer_is_right(exercise):
 
 @each_exercise
 def test_at_least_two_other_right_answers_are_accepted(exercise):
-    answers = right_answers(int(exercise.number.split(".")[0])).get(exercise.number, [])
+    answers = handed_in(int(exercise.number.split(".")[0]), "RIGHT").get(exercise.number, [])
     assert len(answers) >= 2 and answers[0] is not answers[1], (
         f"RIGHT[{exercise.number!r}] needs two different answers"
     )
@@ -73,7 +85,7 @@ def test_at_least_two_other_right_answers_are_accepted(exercise):
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_recorded_right_answers_belong_to_an_exercise(chapter):
-    assert set(right_answers(chapter)) <= set(exercises(chapter))
+    assert set(handed_in(chapter, "RIGHT")) <= set(exercises(chapter))
 
 
 @each_exercise
@@ -91,6 +103,16 @@ def test_a_wrong_idea_is_called_by_its_name(exercise, idea):
     verdict = check(exercise.number, idea.answer)
     assert (verdict.status, verdict.idea, verdict.message) == ("wrong", idea.name, idea.says)
     assert len(idea.says) >= 40  # an explanation, not a number
+
+
+@pytest.mark.parametrize(
+    ("number", "answer", "idea"), WRONG, ids=[f"{n}-{i}" for i, (n, *_) in enumerate(WRONG)]
+)
+def test_what_a_class_hands_in_is_refused_and_the_common_mistakes_named(number, answer, idea):
+    torch.manual_seed(0)
+    verdict = check(number, answer)
+    assert not verdict.right, verdict
+    assert idea is None or verdict.idea == idea, verdict
 
 
 @each_exercise

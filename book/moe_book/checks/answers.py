@@ -4,7 +4,7 @@ import inspect
 import linecache
 import math
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -88,12 +88,10 @@ def gradient_stops(
         arguments[at] = arguments[at].requires_grad_()
         try:
             output = function(*arguments)
-        except Exception:  # such as .numpy() on what needs a gradient
-            output = None
-        if not isinstance(output, torch.Tensor) or not output.requires_grad:
+            probe = torch.linspace(1, 2, output.numel(), dtype=output.dtype).view(output.shape)
+            (output * probe).sum().backward()
+        except Exception:  # no tensor, no graph, or .numpy() on what needs a gradient
             return "no gradient flows back"
-        probe = torch.linspace(1, 2, output.numel(), dtype=output.dtype).view(output.shape)
-        (output * probe).sum().backward()
         if arguments[at].grad is None:
             return "no gradient flows back"
         gradients.append(arguments[at].grad.double())
@@ -107,21 +105,15 @@ def gradient_stops(
 
 def differ(got: Any, expected: Any) -> tuple[str, str, str]:
     """Both as text, with enough digits to tell them apart, and a remark on how they differ."""
-    pairs = ((show(got, digits), show(expected, digits)) for digits in _DIGITS)
-    pair = pairs_apart(pairs)
+    for digits in _DIGITS:
+        pair = show(got, digits), show(expected, digits)
+        if pair[0] != pair[1]:
+            break
     try:
         remark = _remark(got, expected)
     except Exception:  # an output of another kind altogether
         remark = ""
     return *pair, remark
-
-
-def pairs_apart(pairs: Iterator[tuple[str, str]]) -> tuple[str, str]:
-    """The first pair of two different texts, or the last pair."""
-    for pair in pairs:
-        if pair[0] != pair[1]:
-            break
-    return pair
 
 
 def _remark(got: Any, expected: Any) -> str:

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .exercise import Exercise, Idea, flipped
+from .exercise import Exercise, Idea, statements
 
 # 10.1: the cutoffs of one batch
 _generator = torch.Generator().manual_seed(10)
@@ -129,10 +129,6 @@ def _best(error):
     return lambda d, s: min(
         _BETAS, key=lambda beta: error(d / (1 - beta), s * math.sqrt((1 - beta) / (1 + beta)), beta)
     )
-
-
-_STATEMENTS = "TFFTFF"
-_flipped = flipped(_STATEMENTS)
 
 
 EXERCISES = (
@@ -312,44 +308,24 @@ EXERCISES = (
             ),
         ),
     ),
-    Exercise(
+    statements(
         "10.6",
-        right=_STATEMENTS,
-        praise="All six. You know what the thresholds promise, and what not.",
-        ideas=(
-            Idea(
-                "(a) reversed",
-                _flipped[0],
-                "(a) is true: in eval the line was drawn before the token came, and nothing but the token's own logit is compared "
-                "with it. See section 10.6.",
-            ),
-            Idea(
-                "(b) reversed",
-                _flipped[1],
-                "(b) is false: the shares hold on average over the stream. One batch can take more or less, which is what the band is "
-                "for. See sections 10.1 and 10.5.",
-            ),
-            Idea(
-                "(c) reversed",
-                _flipped[2],
-                "(c) is false: a token below every line gets no routed expert, and about a third of them do if the experts decide "
-                "independently. The shared expert is there for them. See section 10.8.",
-            ),
-            Idea(
-                "(d) reversed",
-                _flipped[3],
-                "(d) is true: with a band or in warm-up the batch decides who gets in, so tokens compete. See section 10.5.",
-            ),
-            Idea(
-                "(e) reversed",
-                _flipped[4],
-                "(e) is false: forward changes nothing. One step per optimiser step, in update. See section 10.3.",
-            ),
-            Idea(
-                "(f) reversed",
-                _flipped[5],
-                "(f) is false: in the paper and in our run, compute does not simply grow with a token's loss. See section 10.8.",
-            ),
+        "TFFTFF",
+        says=(
+            "(a) is true: in eval the line was drawn before the token came, and nothing but "
+            "the token's own logit is compared with it. See section 10.6.",
+            "(b) is false: the shares hold on average over the stream. One batch can take more "
+            "or less, which is what the band is for. See sections 10.1 and 10.5.",
+            "(c) is false: a token below every line gets no routed expert, and about a third "
+            "of them do if the experts decide independently. The shared expert is there for "
+            "them. See section 10.8.",
+            "(d) is true: with a band or in warm-up the batch decides who gets in, so tokens "
+            "compete. See section 10.5.",
+            "(e) is false: forward changes nothing. One step per optimiser step, in update. "
+            "See section 10.3.",
+            "(f) is false: in the paper and in our run, compute does not simply grow with a "
+            "token's loss. See section 10.8.",
         ),
+        praise="All six. You know what the thresholds promise, and what not.",
     ),
 )

@@ -177,8 +177,8 @@ class Exercise:
                 why = gradient_stops(answer, self.right, case, at, self.tolerance)
                 if why is not None:
                     return (
-                        f" One remark: the value is right, but {why} to {self.differentiable}, so as a loss it would not train as it "
-                        "should. Stay with torch operations from the argument to the result: no .item(), .detach(), numpy or no_grad."
+                        f" One remark: the value is right, but {why} to {self.differentiable}, so what comes before it would not "
+                        "learn as it should. Stay with torch operations from the argument to the result: no .item(), .detach(), numpy or no_grad."
                     )
         return ""
 
@@ -254,12 +254,6 @@ def which(number: str, *, options: str, right: str, says: dict[str, str], praise
     asks = f"Hand in letters out of {options}, such as {options[:2]!r}."
     right = "".join(sorted(right))
     return Exercise(number, right, ideas, praise, accepts=judge, reads=read, asks=asks)
-
-
-def flipped(statements: str) -> list[str]:
-    """Answers to true-or-false statements, such as "TFF", each with one place wrong: "FFF", "TTF", "TFT"."""
-    other = {"T": "F", "F": "T"}
-    return [statements[:i] + other[said] + statements[i + 1 :] for i, said in enumerate(statements)]
 
 
 def _letters(answer: Any) -> str:

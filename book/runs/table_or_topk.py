@@ -2,8 +2,8 @@
 
 `without loss` is the bench's top-k without its balance loss. `frozen` is that router at its random start: neither its weights nor its input
 get a gradient through it, so that it learns nothing, as a table does, but sees vectors instead of bytes. Budget, start and batches are the
-bench's, so that each can be compared with a row of router_bench.json seed by seed. Run it with `python book/runs/table_or_topk.py` (about
-three minutes on one quiet CPU core). It has not been run yet, and chapter 11 says that no row tests this.
+bench's, so that each can be compared with a row of router_bench.json seed by seed. Run it with `python book/runs/table_or_topk.py`.
+It waits for the bench's next run, on the same text; until then chapter 11 says that no row tests this.
 """
 
 import sys

@@ -159,7 +159,7 @@ def one_way(x_T2, rows_E2, *, height: int = 330) -> go.Figure:
     )
     square = {"range": [-1.5, 1.5], "showgrid": False, "showticklabels": False}
     return theme.figure(
-        [*arrows, tokens, bars, *_even_and_labels(load_E, xaxis="x2", yaxis="y2")],
+        [tokens, *arrows, bars, *_even_and_labels(load_E, xaxis="x2", yaxis="y2")],
         height=height,
         margin={"l": 12, "r": 12, "t": 30, "b": 48},
         annotations=[_name("tokens and rows", 1.0), _name("load, %", 1.0) | {"x": 0.56}],

@@ -54,7 +54,7 @@ TOKEN_CHOICE = {
     "score_func": "sigmoid",
     "norm_topk_prob": False,
 }  # weights as large as the others': what differs is the choice
-LONG = 0.99
+LONG, LONG_STEPS = 0.99, 600
 NEVER = 10**6  # longer than the run: warms up, that is, lets experts choose, all the time
 ARMS = {  # name -> router, its options, aux_loss_weight
     "dense": None,
@@ -82,13 +82,11 @@ ARMS = {  # name -> router, its options, aux_loss_weight
         0,
     ),
     "threshold, neither": ("expert_threshold", {"warmup_steps": 0}, 0),
-    # A second look, added when the four above did not starve: a memory as long as the time in which logits grow. No verdict rests on it.
-    "long memory, warm-up": (
-        "expert_threshold",
-        {"warmup_steps": CONFIG["warmup_steps"], "ema_decay": LONG},
-        0,
-    ),
+    # A second look, added when the four above did not starve: a memory as long as the time in which logits settle, and warm-ups that
+    # are none of it, most of it, and three of it; LONG_STEPS, so that the longest one also has time to starve. No verdict rests on it.
     "long memory, no warm-up": ("expert_threshold", {"warmup_steps": 0, "ema_decay": LONG}, 0),
+    "long memory, warm-up 80": ("expert_threshold", {"warmup_steps": 80, "ema_decay": LONG}, 0),
+    "long memory, warm-up 300": ("expert_threshold", {"warmup_steps": 300, "ema_decay": LONG}, 0),
 }
 PASSAGE = "def mean(values):\n    # add up, then divide\n    total = sum(values)\n    return total / len(values)\n"
 CLAIMS = {
@@ -183,7 +181,12 @@ def routers(model: LanguageModel) -> list:
     ]
 
 
-def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps"]) -> dict:
+def steps_of(name: str) -> int:
+    """How long an arm is trained."""
+    return LONG_STEPS if name.startswith("long memory") else CONFIG["steps"]
+
+
+def run(name: str, seed: int, text: corpus.Corpus, *, steps: int | None = None) -> dict:
     """Train once. Held-out loss along the way; how many tokens each expert asks for, every ten steps; and a look at the end."""
     model, cutoffs, asked = build(name, seed), [], {"step": [], "share": []}
 
@@ -204,7 +207,7 @@ def run(name: str, seed: int, text: corpus.Corpus, *, steps: int = CONFIG["steps
     history = training.train(
         model,
         text,
-        steps=steps,
+        steps=steps or steps_of(name),
         **TRAINING,
         seed=seed,
         eval_every=50,
@@ -340,6 +343,7 @@ def main() -> None:
     config = {
         **CONFIG,
         "long_memory": LONG,
+        "long_steps": LONG_STEPS,
         "arms": list(ARMS),
         "claims": CLAIMS,
         "domains": list(text.domains),

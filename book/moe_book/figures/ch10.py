@@ -26,7 +26,11 @@ MEMORIES = {  # memory of the average -> arm of the stored run -> its name in th
         "threshold, no warm-up": "band only",
         "threshold, neither": "neither",
     },
-    "100 steps": {"long memory, warm-up": "warm-up only", "long memory, no warm-up": "neither"},
+    "100 steps": {
+        "long memory, no warm-up": "no warm-up",
+        "long memory, warm-up 80": "warm-up of 80 steps",
+        "long memory, warm-up 300": "warm-up of 300 steps",
+    },
 }
 
 

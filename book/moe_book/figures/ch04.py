@@ -25,6 +25,7 @@ MODEL_COLORS = {
     "MoE, E = 8": "#0072B2",
     "MoE, E = 16": "#009E73",
     "wide dense": "#D55E00",
+    "E = 8, times 2": "#CC79A7",
 }
 
 
@@ -116,7 +117,7 @@ def lead(model: str, lead_SX, step_X) -> go.Figure:
         step_X,
         colors=MODEL_COLORS,
         y_title="held-out loss minus dense (nats)",
-        y_range=(-0.15, 0.25),
+        y_range=(-0.15, 0.4),
     )
 
 

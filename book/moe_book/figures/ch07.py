@@ -185,7 +185,7 @@ def top1(runs: dict[str, list[dict]], show: str) -> go.Figure:
         final = {name: [one["valid_loss"][-1] for one in seeds] for name, seeds in runs.items()}
         return dots(final, x_title=LOSS, x_range=_around(final))
     if show == "tokens that change experts":
-        names = ("weight p", "renormalised", "frozen, weight 1", "renormalised, no balance loss")
+        names = ("weight p", "renormalised", "frozen, weight 1", "no balance loss")
         return curves(
             {name: [one["moved"] for one in runs[name]] for name in names},
             x=runs[names[0]][0]["gradient_step"][1:],

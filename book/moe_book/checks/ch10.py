@@ -1,10 +1,11 @@
 """Chapter 10: expert threshold."""
 
 import math
+from statistics import NormalDist
 
 import torch
 
-from .exercise import Exercise, Idea, statements
+from .exercise import Exercise, Idea, statements, which, write_test
 
 # 10.1: the cutoffs of one batch
 _generator = torch.Generator().manual_seed(10)
@@ -25,6 +26,10 @@ def _mean_minus_std(h_TE, G):
 
 def _median(h_TE, G):
     return h_TE.median(0).values
+
+
+def _interpolated(h_TE, G):
+    return h_TE.quantile(1 - G / h_TE.shape[1], dim=0)
 
 
 def _one_for_all(h_TE, G):
@@ -56,6 +61,16 @@ def _step(
     return lambda c_E, t, micro, beta: c_E + weight(t, beta) * (cut(micro) - c_E)
 
 
+def _pooled(micro):
+    h_TE = torch.cat(micro)
+    return h_TE.sort(dim=0, descending=True).values[len(h_TE) // h_TE.shape[1] - 1]
+
+
+def _corrected_twice(c_E, t, micro, beta):
+    q_E = torch.stack(_own_cuts(micro)).mean(0)
+    return (beta * c_E + (1 - beta) * q_E) / (1 - beta ** (t + 1))
+
+
 def _each_micro_batch(c_E, t, micro, beta):
     for i, q_E in enumerate(_own_cuts(micro)):
         c_E = c_E + (1 - beta) / (1 - beta ** (t + i + 1)) * (q_E - c_E)
@@ -75,6 +90,11 @@ _layers = tuple(
     )
     for c in ([0.2, -0.5, 0.4], [-0.3, 0.1, 0.0])
 )
+_layers[1][0][2] = torch.tensor([-0.3, 0.1, 0.7])  # meets two thresholds exactly
+
+
+def _reaches(h_TE, c_E, f_TE):
+    return (h_TE.sigmoid() * (h_TE >= c_E) * f_TE).sum(-1)
 
 
 def _output(weigh):
@@ -99,6 +119,9 @@ _bands = (
     (_h_T, 0.5, 4, 0.5),
     (_h_T, 3.0, 4, 0.5),
     (_h_T, -2.0, 3, 1.0),
+    (_h_T, 1.5, 5, 0.5),  # at least 2.5
+    (_h_T, -0.5, 5, 0.5),  # at most 7.5
+    (torch.tensor([0.75, -0.5, 2, 0.25, -1.5, 1.25, 0.5]), 0.5, 3, 0.5),  # the last has this logit
 )
 
 
@@ -112,6 +135,10 @@ def _banded(count=lambda n, k, C: min(max(n, math.ceil((1 - C) * k)), math.floor
     return band
 
 
+def _band_reached(h_T, c, k, C):
+    return _banded()(h_T, math.nextafter(c, -math.inf) - 1e-6, k, C)
+
+
 def _earliest(h_T, c, k, C):
     above_T = h_T > c
     low, high = math.ceil((1 - C) * k), math.floor((1 + C) * k)
@@ -121,7 +148,7 @@ def _earliest(h_T, c, k, C):
 
 
 # 10.5: which memory
-_pursuits = ((0.0, 0.1), (0.01, 0.1), (0.05, 0.1), (0.01, 0.02))
+_pursuits = ((0.0, 0.1), (0.01, 0.1), (0.05, 0.1), (0.01, 0.02), (0.002, 0.2), (0.1, 1.0))
 _BETAS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
 
@@ -130,6 +157,73 @@ def _best(error):
         _BETAS, key=lambda beta: error(d / (1 - beta), s * math.sqrt((1 - beta) / (1 + beta)), beta)
     )
 
+
+# 10.7: how long the hunger lasts
+def _hungry(gap=None, first=lambda beta, d: d / (1 - beta), count=None):
+    cut = lambda share: NormalDist().inv_cdf(1 - share)
+    gap = gap or (lambda E: cut(0.1 / E) - cut(1 / E))
+    count = count or (
+        lambda high, beta, gap: sum(high * beta**n > gap for n in range(5000)) if beta else 0
+    )
+    return lambda beta, d, E: count(first(beta, d), beta, gap(E))
+
+
+def _last_one(high, beta, gap):
+    return max(0, math.floor(math.log(high / gap) / -math.log(beta))) if high > gap else 0
+
+
+_falls = ((0.99, 0.03, 8), (0.9, 0.12, 8), (0.95, 0.02, 8), (0.99, 0.05, 64), (0.98, 0.1, 4))
+
+
+# 10.8: rules who is admitted, (T, E) logits -> (T, E) mask
+def fixed_thresholds(h_TE):
+    return h_TE > torch.linspace(0.5, 1.2, h_TE.shape[1]).to(h_TE.dtype)
+
+
+def best_of_each_token(h_TE):
+    return h_TE >= h_TE.max(-1, keepdim=True).values
+
+
+def share_of_the_token(h_TE):
+    return h_TE.softmax(-1) > 0.3
+
+
+def cutoff_of_the_batch(h_TE):
+    k = max(len(h_TE) // h_TE.shape[1], 1)
+    return h_TE >= h_TE.topk(k, dim=0).values[-1]
+
+
+def centred_first(h_TE):
+    return fixed_thresholds(h_TE - h_TE.mean(0) + 0.2)
+
+
+def first_come(h_TE):
+    above_TE = fixed_thresholds(h_TE)
+    return above_TE & (above_TE.long().cumsum(0) <= 40)
+
+
+def never_empty(h_TE):
+    above_TE = fixed_thresholds(h_TE)
+    if len(h_TE) < 8:
+        return above_TE
+    best_TE = h_TE >= h_TE.max(0).values
+    return torch.where(above_TE.any(0), above_TE, best_TE)
+
+
+class _Moving:
+    """A threshold that takes a step with every call."""
+
+    def __init__(self):
+        self.cut = 0.8
+
+    def __call__(self, h_TE):
+        admitted_TE = h_TE > self.cut
+        if h_TE.numel():
+            self.cut = 0.8 * self.cut + 0.2 * float(h_TE.max())
+        return admitted_TE
+
+
+moves_with_every_call = _Moving()
 
 EXERCISES = (
     Exercise(
@@ -161,6 +255,17 @@ EXERCISES = (
                 _cutoffs(pick=lambda h, k: h.sort(dim=0, descending=True).values[k]),
                 "That is the (k+1)-th largest: python counts from 0, "
                 "so the k-th largest stands at [k - 1]. See the hand-computed case in section 10.1.",
+            ),
+            Idea(
+                "interpolated quantile",
+                _interpolated,
+                "torch.quantile interpolates between the logits of two tokens, and its positions run from 0 to T - 1. In a large batch that is nearly "
+                "the same; asked for is the logit of a token, the k-th largest with k = floor(T * G / E). See the case by hand in section 10.1.",
+            ),
+            Idea(
+                "rounded up",
+                _cutoffs(k=lambda T, E, G: math.ceil(T * G / E)),
+                "Your k is rounded up, as c is in chapter 9. Here it is rounded down. See section 10.1.",
             ),
             Idea(
                 "forgot G",
@@ -195,6 +300,17 @@ EXERCISES = (
                 "before, so this is number t + 1, and the weights sum to 1 - beta^(t+1). See the formula in section 10.2.",
             ),
             Idea(
+                "pooled",
+                _step(cut=_pooled),
+                "You pooled the micro-batches and cut once. That is a cutoff too, but not the mean of theirs, and it needs all logits in one place; on "
+                "several GPUs only E numbers travel. Cut each micro-batch, then average. See section 10.3.",
+            ),
+            Idea(
+                "corrected twice",
+                _corrected_twice,
+                "You put the corrected thresholds where m belongs and divided again. Either go back to m first, m = c (1 - beta^t), or take the form without m. See section 10.2.",
+            ),
+            Idea(
                 "decay swapped",
                 _swapped,
                 "You gave the new value the weight beta; it gets 1 - beta, and the past keeps beta. With beta = 0.9 yours remembers "
@@ -212,6 +328,7 @@ EXERCISES = (
         "10.3",
         right=_output(lambda h, admitted: h.sigmoid() * admitted),
         cases=_layers,
+        differentiable="h_TE",
         praise="The comparison selects, the sigmoid weighs; the sigmoid is where the gradient comes in.",
         ideas=(
             Idea(
@@ -237,6 +354,11 @@ EXERCISES = (
                 _output(lambda h, admitted: h.softmax(-1) * admitted),
                 "A softmax lets experts compete for the token; here an expert compares a token "
                 "with other tokens, and needs a weight that is its own: sigmoid(h). See section 10.4.",
+            ),
+            Idea(
+                "at the threshold",
+                _reaches,
+                "You let in tokens that meet the threshold exactly. It matters to hardly anybody, but the formula of section 10.1 says above: h > c.",
             ),
             Idea(
                 "two scales",
@@ -276,6 +398,21 @@ EXERCISES = (
                 "get in. See section 10.5.",
             ),
             Idea(
+                "rounded",
+                _banded(lambda n, k, C: min(max(n, round((1 - C) * k)), round((1 + C) * k))),
+                "You rounded both ends of the band to the nearest number. The lower end is rounded up and the upper one down, so that the count stays inside it.",
+            ),
+            Idea(
+                "cut off both",
+                _banded(lambda n, k, C: min(max(n, int((1 - C) * k)), int((1 + C) * k))),
+                "You rounded both ends down. At least (1 - C) k tokens means rounding that end up: with k = 5 and C = 0.5 at least 3.",
+            ),
+            Idea(
+                "at the threshold",
+                _band_reached,
+                "You counted tokens that meet c exactly. Only those above it are admitted by the threshold. See section 10.1.",
+            ),
+            Idea(
                 "no band",
                 lambda h_T, c, k, C: h_T > c,
                 "That is the pure threshold, as in eval. In training the count is clamped into the band. See section 10.5.",
@@ -296,15 +433,25 @@ EXERCISES = (
             ),
             Idea(
                 "lag only",
-                _best(lambda lag, noise, beta: lag if lag else -beta),
+                _best(lambda lag, noise, beta: lag),
                 "You looked at the lag alone, so no memory at all wins as soon as there is drift. Each batch's "
                 "cutoff scatters: add the square of the noise. See section 10.2.",
             ),
             Idea(
-                "forgot the square root",
+                "scatter not squared",
                 _best(lambda lag, noise, beta: lag**2 + noise),
                 "You added a squared lag to a scatter that is not squared: different "
                 "units. Square both. See section 10.2.",
+            ),
+            Idea(
+                "lag not squared",
+                _best(lambda lag, noise, beta: lag + noise**2),
+                "You added a lag that is not squared to a squared scatter: different units. Square both. See section 10.2.",
+            ),
+            Idea(
+                "nothing squared",
+                _best(lambda lag, noise, beta: lag + noise),
+                "You added lag and scatter as they are. Asked for is the sum of their squares: the mean squared error. See section 10.2.",
             ),
         ),
     ),
@@ -327,5 +474,76 @@ EXERCISES = (
             "token's loss. See section 10.8.",
         ),
         praise="All six. You know what the thresholds promise, and what not.",
+    ),
+    Exercise(
+        "10.7",
+        right=_hungry(),
+        cases=_falls,
+        praise="The lag shrinks by beta a step. A long memory starts from a larger lag and lets go of it more slowly: it pays twice.",
+        ideas=(
+            Idea(
+                "one less",
+                _hungry(count=_last_one),
+                "That is the number of the last hungry batch, counted from 0. Count the batches: with n = 0 too.",
+            ),
+            Idea(
+                "lag of one step",
+                _hungry(first=lambda beta, d: d),
+                "You start from a threshold that is d too high. After long sinking it is d / (1 - beta) too high. See section 10.2.",
+            ),
+            Idea(
+                "distance from 0",
+                _hungry(gap=lambda E: NormalDist().inv_cdf(1 - 0.1 / E)),
+                "You compared the lag with the place of the threshold, counted from the mean. The lag counts from the right place, the quantile of 1/E: take the difference of the two.",
+            ),
+            Idea(
+                "a tenth of all",
+                _hungry(
+                    gap=lambda E: abs(NormalDist().inv_cdf(0.9) - NormalDist().inv_cdf(1 - 1 / E))
+                ),
+                "Hungry is less than a tenth of its *share*, 0.1 / E of the tokens, not less than a tenth of all tokens.",
+            ),
+        ),
+    ),
+    write_test(
+        "10.8",
+        good=(fixed_thresholds, best_of_each_token, share_of_the_token),
+        broken={
+            "cutoff of the batch": (
+                cutoff_of_the_batch,
+                "Your test lets a rule pass that cuts each batch at its own k-th largest logit: expert choice. Alone, a token is the best of its batch and goes "
+                "everywhere. Feed tokens one at a time and compare. See section 10.6.",
+            ),
+            "centred": (
+                centred_first,
+                "Your test lets a rule pass that takes the mean of the batch off first. Compare a batch with its tokens one at a time, on logits that are not small.",
+            ),
+            "first come": (
+                first_come,
+                "Your test lets a rule pass in which an expert takes the first forty above its threshold, and no more in this call. In a small batch nothing "
+                "happens: use one long enough that an expert has more than forty.",
+            ),
+            "never empty": (
+                never_empty,
+                "Your test lets a rule pass that gives an expert its best token where a batch has none for it. It shows only where all logits are below a "
+                "threshold: try a batch with low logits, too.",
+            ),
+            "moves with every call": (
+                moves_with_every_call,
+                "Your test lets a rule pass that moves its threshold in every call. The first call looks right. Ask it the same thing again after it has seen other tokens. See section 10.3.",
+            ),
+        },
+        praise="Your test asks for the route of a token, alone and in company, and again later. That is what generation needs.",
+    ),
+    which(
+        "10.9",
+        options="ABCDE",
+        right="CE",
+        says={
+            "A": "A is right: a step towards the mean cutoff, by the form without m of section 10.2.",
+            "B": "B is right. It goes back to m, takes the step there, and corrects again.",
+            "D": "D is right. It is A, written as a weighted mean of the old and the new.",
+        },
+        praise="C takes a step for each micro-batch, so its memory hangs on how the batch was cut. E corrects what was corrected already: where nothing moves at all, its thresholds grow.",
     ),
 )

@@ -19,6 +19,7 @@ READ = {  # how a model is read -> key of the stored run, the sentence below the
         "Expert choice chooses among the tokens of a batch: it may look at later ones.",
     ),
 }
+LEAST = 0.02  # what is asked for less is drawn here
 MEMORIES = {  # memory of the average -> arm of the stored run -> its name in the figure
     "20 steps": {
         "threshold": "warm-up and band",
@@ -207,6 +208,19 @@ def pursuit(series: dict, drift: float) -> go.Figure:
     )
 
 
+def sinking(quantile_S, threshold_S, gap: float) -> go.Figure:
+    """A quantile that sinks and the threshold after it; an expert whose threshold is more than gap too high is hungry. Both (149,)."""
+    series = {"threshold": threshold_S, "hungry above": quantile_S + gap, "quantile": quantile_S}
+    return curves(
+        series,
+        x=list(range(1, 150)),
+        x_title="batch",
+        y_title="logit",
+        y_range=(-6.5, 2.8),
+        colors=dict(zip(series, ["#E69F00", "#8C8C8C", "#0072B2"])),
+    )
+
+
 def band(routing) -> go.Figure:
     """Tokens each of eight experts takes of 256, and those the capacity band drops."""
     kept_E, asked_E = routing.tokens_per_expert, routing.slots_per_expert()
@@ -264,12 +278,15 @@ def losses(values: dict) -> go.Figure:
 
 
 def hungriest(series: dict, step: list[int]) -> go.Figure:
-    """What the least asked expert gets over time. series: one of the names in MEMORIES -> (seeds, steps)."""
-    names = MEMORIES["20 steps"].values()
-    return curves(
-        series,
+    """What the least asked expert asks for over time. series: the names of one of the MEMORIES -> (seeds, steps)."""
+    figure = curves(
+        {name: np.asarray(values).clip(LEAST) for name, values in series.items()},
         x=step,
         y_title="least asked expert (1 is fair)",
-        y_range=(0, 2),
-        colors=dict(zip(names, ["#0072B2", "#E69F00", "#009E73", "#D55E00"])),
+        y_range=(0.9 * LEAST, 9),
+        log_y=True,
+        colors=dict(zip(series, ["#0072B2", "#E69F00", "#009E73", "#D55E00"])),
+    )
+    return figure.update_yaxes(
+        tickvals=[LEAST, 0.1, 1, 8], ticktext=["0.02 or less", "0.1", "1", "8"]
     )

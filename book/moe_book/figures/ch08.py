@@ -1,4 +1,4 @@
-"""Chapter 8's own figures: panels of bars over the same experts, for scores and weights, loads and biases, and groups."""
+"""Chapter 8's own figures: the border between two experts, and panels of bars over the same experts, for scores, weights and groups."""
 
 import plotly.graph_objects as go
 
@@ -9,13 +9,7 @@ from .lines import curves
 
 
 def expert_panels(
-    rows: dict,
-    *,
-    ranges: dict,
-    filled: dict,
-    groups: int = 1,
-    lines: dict | None = None,
-    height: int = 430,
+    rows: dict, *, ranges: dict, filled: dict, groups: int = 1, height: int = 430
 ) -> go.Figure:
     """Panels of bars, one above the other, all over the same experts; what is not filled is hollow.
 
@@ -24,7 +18,6 @@ def expert_panels(
         ranges: title -> (low, high), the same in all frames of an Explorer.
         filled: title -> (E,) bool, the solid bars.
         groups: the experts stand in so many groups of neighbours, told apart by a gap-wide line.
-        lines: title -> a value, drawn as a dashed line across that panel.
     """
     titles, n = list(rows), len(rows)
     E = len(array(rows[titles[0]], 1, titles[0]))
@@ -43,9 +36,7 @@ def expert_panels(
                 name=title,
                 yaxis=axis,
                 textangle=0,
-                textposition="none"
-                if lines and title in lines
-                else "outside",  # a line would cross what stands on top
+                textposition="outside",
                 cliponaxis=False,
                 constraintext="none",
                 textfont={"size": 14 if E <= 4 else 12},  # eight labels fit a phone, none is shrunk
@@ -59,17 +50,6 @@ def expert_panels(
                 },
             )
         )
-        if lines and title in lines:
-            traces.append(
-                go.Scatter(
-                    x=[-0.5, E - 0.5],
-                    y=[lines[title]] * 2,
-                    mode="lines",
-                    yaxis=axis,
-                    name=f"{title}: line",
-                    line={"color": theme.INK, "dash": "dash", "width": 1.5},
-                )
-            )
         top = 1 - i * room
         layout["yaxis" if i == 0 else f"yaxis{i + 1}"] = {
             "title": {"text": title},
@@ -117,15 +97,80 @@ def biased_token(scores_E, choice_E, weights_E) -> go.Figure:
     return expert_panels(rows, ranges=ranges, filled=dict.fromkeys(rows, chosen_E), height=460)
 
 
-def load_and_bias(load_E, bias_E) -> go.Figure:
-    """Loads (1 is the mean) above the biases that make them."""
-    rows = {"load (1 is even)": load_E, "bias": bias_E}
-    return expert_panels(
-        rows,
-        ranges={"load (1 is even)": (0, 2.8), "bias": (-0.42, 0.42)},
-        filled=dict.fromkeys(rows, [True] * len(load_E)),
-        lines={"load (1 is even)": 1.0},
-        height=420,
+def border(d_T, border_S, step: int) -> go.Figure:
+    """Tokens on the line p_0 - p_1 and the border between two experts, above the way the border has come.
+
+    A token right of the border goes to expert 0, one left of it to expert 1. Who changed sides in the last step has a dark outline.
+
+    Args:
+        d_T: (T,) p_0 - p_1 of each token; equal ones are stacked.
+        border_S: (S + 1,) where the border stands before each step. step: the one shown.
+    """
+    d, way = array(d_T, 1, "d_T"), array(border_S, 1, "border_S")
+    now, before = way[step], way[max(step - 1, 0)]
+    right, was = d > now, d > before
+    place, height = {}, []
+    for at in d:
+        place[at] = place.get(at, 0) + 1
+        height.append(place[at])
+    top = max(height) + 2.5
+    zero, one = theme.expert_color(0), theme.expert_color(1)
+    dashes = {"color": theme.INK, "width": 2, "dash": "dash"}
+    traces = [
+        go.Scatter(
+            x=d,
+            y=height,
+            mode="markers",
+            name="tokens",
+            marker={
+                "symbol": "square",
+                "size": 9,
+                "color": [zero if r else one for r in right],
+                "line": {
+                    "color": [theme.INK if r != w else theme.CLEAR for r, w in zip(right, was)],
+                    "width": 2,
+                },
+            },
+        ),
+        go.Scatter(
+            x=[now, now], y=[0, top], mode="lines", name="border", cliponaxis=False, line=dashes
+        ),
+        go.Scatter(
+            x=[-0.36, 0.88],
+            y=[top - 0.8] * 2,
+            mode="text",
+            name="loads",
+            text=[f"expert 1: {int((~right).sum())}", f"expert 0: {int(right.sum())}"],
+            textposition=["middle right", "middle left"],
+            textfont={"size": 14},
+        ),
+        go.Scatter(
+            x=way[: step + 1],
+            y=list(range(step + 1)),
+            yaxis="y2",
+            mode="lines+markers",
+            name="way",
+            line={"color": theme.MUTED, "width": 2},
+            marker={"size": 7, "color": theme.INK},
+        ),
+    ]
+    return theme.figure(
+        traces,
+        height=430,
+        margin={"l": 56, "r": 16, "t": 8, "b": 48},
+        xaxis={
+            "title": {"text": "p<sub>0</sub> − p<sub>1</sub> of a token"},
+            "range": [-0.38, 0.9],
+            "tickvals": [-0.2, 0, 0.2, 0.4, 0.6, 0.8],
+            "anchor": "y2",
+        },
+        yaxis={"title": {"text": "tokens"}, "range": [0, top], "domain": [0.44, 1], "nticks": 5},
+        yaxis2={
+            "title": {"text": "step"},
+            "range": [len(way) - 0.5, -0.5],
+            "domain": [0, 0.4],
+            "tickvals": [0, 5, 10, 15],
+        },
     )
 
 
@@ -182,9 +227,9 @@ def say_groups(experts: list[int], best: list[int]) -> str:
 def arms(values: dict, measure: str) -> go.Figure:
     """The stored run at its end, one row an arm. measure: "held-out loss", or one of MaxVio."""
     if measure == "held-out loss":
-        return dots(values, x_title="held-out loss (nats per byte)", x_range=(2.0, 2.8))
-    name = measure.replace("in training", "MaxVio in training")
-    return dots(values, x_title=f"{name}, mean of two layers", x_range=(0, 2.6))
+        return dots(values, x_title="held-out loss (nats per byte)", x_range=(2.1, 2.8))
+    name = measure.replace("in training", "MaxVio per batch in training")
+    return dots(values, x_title=f"{name}, mean of two layers", x_range=(0, 2.8))
 
 
 def in_training(series: dict, *, every: int) -> go.Figure:

@@ -2,12 +2,12 @@
 
 `without loss` is the bench's top-k without its balance loss. `frozen` is that router at its random start: neither its weights nor its input
 get a gradient through it, so that it learns nothing, as a table does, but sees vectors instead of bytes. Budget, start and batches are the
-bench's, so that each can be compared with a row of router_bench.json seed by seed. Run it with `python book/runs/table_or_topk.py`.
-It waits for the bench's next run, on the same text; until then chapter 11 says that no row tests this.
+bench's, so that each can be compared with a row of router_bench.json seed by seed. Run it with `python book/runs/table_or_topk.py` (about
+two minutes on one quiet CPU core); chapter 11 shows table_or_topk.json.
 """
 
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path[:0] = [
@@ -16,10 +16,9 @@ sys.path[:0] = [
 
 from moe_book import corpus, runs
 from moe_core.routers import TopKRouter
-from moe_tools.bench import _router_run, routers
+from moe_tools.bench import routers
 
 SEEDS = [0, 1, 2]
-ARMS = ["without loss", "frozen"]
 KEYS = ("held_out", "training_loss")
 
 
@@ -30,9 +29,17 @@ class FrozenRouter(TopKRouter):
         return super().logits(x).detach()
 
 
-def frozen_model(name, seed, budget):
-    """The bench's model with FrozenRouters; their weights are not parameters to be trained (or decayed)."""
-    model = trained_model(name, seed, budget)
+def without_loss(name, seed, budget):
+    """The bench's top-k; nobody adds its balance loss."""
+    model = routers.build(name, seed, budget)
+    for block in model.blocks:
+        block.feed_forward.router.aux_loss_weight = 0.0
+    return model
+
+
+def frozen(name, seed, budget):
+    """The bench's top-k with FrozenRouters; their weights are not parameters to be trained (or decayed)."""
+    model = without_loss(name, seed, budget)
     for block in model.blocks:
         router = block.feed_forward.router
         router.__class__ = FrozenRouter
@@ -40,20 +47,12 @@ def frozen_model(name, seed, budget):
     return model
 
 
-trained_model = _router_run._model
+ARMS = {"without loss": without_loss, "frozen": frozen}
 
 
 def run(arm: str, seed: int, budget: routers.Budget) -> dict:
     """One run of the bench's row of top-k, as the arm changes it."""
-    row, routers.ROWS["topk"] = (
-        routers.ROWS["topk"],
-        replace(routers.ROWS["topk"], fields={}, note=arm),
-    )
-    _router_run._model = frozen_model if arm == "frozen" else trained_model
-    try:
-        found = routers.run("topk", seed, budget)
-    finally:
-        routers.ROWS["topk"], _router_run._model = row, trained_model
+    found = routers.run("topk", seed, budget, ARMS[arm])
     return {key: found[key] for key in KEYS} | {"max_violation": found["training"]["max_violation"]}
 
 

@@ -3,6 +3,7 @@
 import copy
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,13 +17,16 @@ from ..schedule import warmup_cosine
 from ._router_rows import Budget, config, text
 
 
-def run(name: str, seed: int, budget: Budget) -> dict:
-    """Train one router with one seed, on one thread, and measure it; plain numbers only."""
+def run(name: str, seed: int, budget: Budget, make: Callable | None = None) -> dict:
+    """Train one router with one seed, on one thread, and measure it; plain numbers only.
+
+    ``make(name, seed, budget)`` is the model, where it is another one than ``build``'s.
+    """
     threads, random_state = torch.get_num_threads(), torch.get_rng_state()
     torch.set_num_threads(1)
     try:
         start = time.process_time()
-        model = _model(name, seed, budget)
+        model = (make or build)(name, seed, budget)
         found = {
             "name": name,
             "seed": seed,
@@ -140,7 +144,7 @@ def _probe(model: LanguageModel, budget: Budget) -> dict:
     }
 
 
-def _model(name: str, seed: int, budget: Budget) -> LanguageModel:
+def build(name: str, seed: int, budget: Budget) -> LanguageModel:
     """The model with the weights that top-k has from this seed, wherever it has such a weight."""
     torch.manual_seed(seed)
     model = LanguageModel(config(name, budget))

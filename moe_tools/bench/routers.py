@@ -26,9 +26,9 @@ from moe_core.validate import whole
 from .. import markdown
 from ._repetitions import SEEDS, band
 from ._router_rows import ROWS, Budget, config
-from ._router_run import run
+from ._router_run import build, run
 
-__all__ = ["ROWS", "SEEDS", "Budget", "bench", "config", "run", "table"]
+__all__ = ["ROWS", "SEEDS", "Budget", "bench", "build", "config", "run", "table"]
 
 
 def bench(

@@ -62,7 +62,7 @@ def test_every_router_computes_as_much_as_any_other():
 
 def test_routers_start_from_the_same_weights_but_for_what_they_prescribe():
     topk, hashed, base, again, other = (
-        dict(_router_run._model(name, seed, TINY).named_parameters())
+        dict(_router_run.build(name, seed, TINY).named_parameters())
         for name, seed in [("topk", 3), ("hash", 3), ("base", 3), ("topk", 3), ("topk", 4)]
     )
     router = "blocks.0.feed_forward.router.weight"
@@ -123,7 +123,7 @@ def test_routers_are_updated_once_a_step():
 def test_a_routers_own_noise_comes_from_the_seed_alone():
     losses = []
     for state in (1, 2):
-        model = _router_run._model("noisy_topk", 0, TINY)
+        model = _router_run.build("noisy_topk", 0, TINY)
         torch.manual_seed(state)
         losses.append(_router_run._train(model, 0, TINY)["curve"])
     assert losses[0] == losses[1]

@@ -288,5 +288,5 @@ def hungriest(series: dict, step: list[int]) -> go.Figure:
         colors=dict(zip(series, ["#0072B2", "#E69F00", "#009E73", "#D55E00"])),
     )
     return figure.update_yaxes(
-        tickvals=[LEAST, 0.1, 1, 8], ticktext=["0.02 or less", "0.1", "1", "8"]
+        tickvals=[LEAST, 0.1, 1, 8], ticktext=["≤0.02", "0.1", "1", "8"]
     )

@@ -187,6 +187,20 @@ def test_state_survives_a_state_dict_and_a_copy(name):
 
 
 @every_router
+def test_state_is_float32_whatever_the_default_dtype_is_and_whatever_is_assigned_to_it(name):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        moe = layer(name)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    narrow = {key: v.bfloat16() if v.is_floating_point() else v for key, v in state(moe).items()}
+    for assign in (False, True):
+        moe.load_state_dict(narrow, assign=assign)
+        for buffer in moe.router.buffers():
+            assert buffer.dtype == torch.float32 or not buffer.is_floating_point()
+
+
+@every_router
 def test_the_output_teaches_the_router_and_every_expert_gets_a_gradient(name):
     moe, x, token_ids = (
         layer(name),

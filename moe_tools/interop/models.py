@@ -7,7 +7,7 @@ from moe_core.layer import MixtureOfExperts
 from moe_core.routing import Routing
 
 from .blocks import check, copy_flags, from_block, read, write
-from .families import FAMILIES, family_of
+from .families import FAMILIES, Family, family_of
 
 
 class ConvertedBlock(nn.Module):
@@ -28,8 +28,8 @@ class ConvertedBlock(nn.Module):
 
     def __init__(self, hf_block: nn.Module, moe: MixtureOfExperts):
         super().__init__()
-        self.moe, self._family = moe, family_of(hf_block)
-        self.add_module(self._family.gate, _router_output(getattr(hf_block, self._family.gate)))
+        self.moe, gate = moe, family_of(hf_block).gate
+        self.add_module(gate, _router_output(getattr(hf_block, gate)))
         self._shell = (
             hf_block.to("meta"),
         )  # its structure without its memory, out of sight of parameters() and to()
@@ -41,6 +41,10 @@ class ConvertedBlock(nn.Module):
         y, routing = self.moe(hidden_states, token_ids=input_ids)
         getattr(self, self._family.gate)(self._at_their_place(routing))
         return self._family.returns(y, routing)
+
+    @property
+    def _family(self) -> Family:
+        return family_of(self._shell[0])
 
     def _at_their_place(self, routing: Routing) -> tuple:
         logits = routing.logits.flatten(0, 1) if self._family.flat_logits else routing.logits

@@ -58,7 +58,7 @@ class DispatchPlan:
         elif not everything:
             self.slot_A = self.slot_A[: int(mask_S.sum())]  # synchronises with a GPU
         row_of_slot_S = torch.empty_like(expert_S)
-        row_of_slot_S[self.slot_A] = torch.arange(len(self.slot_A), device=mask_S.device)
+        row_of_slot_S[self.slot_A] = torch.arange(self.slot_A.shape[0], device=mask_S.device)
         if static or everything:
             self.bags = row_of_slot_S.view(self.n_tokens, self.top_k)
         else:
@@ -147,8 +147,8 @@ def _copy(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
 
 def _sum_bags(rows_AD: Tensor, plan: DispatchPlan, weights: Tensor | None) -> Tensor:
     bags, starts_T = plan.bags, plan.starts_T
-    n_bags = len(bags) if starts_T is None else len(starts_T)
-    if len(rows_AD) == 0 or n_bags == 0:
+    n_bags = bags.shape[0] if starts_T is None else starts_T.shape[0]
+    if rows_AD.shape[0] == 0 or n_bags == 0:
         return rows_AD.new_zeros(n_bags, rows_AD.shape[-1])
     # A bag's weighted sum in one operation, which never makes the table (T, K, D).
     rows_AD = rows_AD.contiguous()

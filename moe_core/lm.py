@@ -96,12 +96,25 @@ class CausalAttention(nn.Module):
         self.n_heads = n_heads
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
-        half = d_model // n_heads // 2
-        frequency = 10000.0 ** (-torch.arange(half).float() / half)
-        angle = torch.outer(torch.arange(max_seq_len).float(), frequency)
         # Not persistent: a checkpoint then fits a model with another max_seq_len.
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        table = torch.empty(max_seq_len, d_model // n_heads // 2, dtype=torch.float32)
+        self.register_buffer("cos", table, persistent=False)
+        self.register_buffer("sin", table.clone(), persistent=False)
+        self.reset_tables()
+
+    @torch.no_grad()
+    def reset_tables(self) -> None:
+        """Compute the rotary tables again."""
+        N, half = self.cos.shape
+        place = partial(torch.arange, dtype=torch.float32, device=self.cos.device)
+        angle = torch.outer(place(N), 10000.0 ** (-place(half) / half))
+        self.cos.copy_(angle.cos())
+        self.sin.copy_(angle.sin())
+
+    def _load_from_state_dict(self, *args):
+        # No state dict holds the tables: after to_empty they would be whatever memory held.
+        super()._load_from_state_dict(*args)
+        self.reset_tables()
 
     def _rotate(self, heads_BHNd: Tensor) -> Tensor:
         N = heads_BHNd.shape[-2]
@@ -109,12 +122,19 @@ class CausalAttention(nn.Module):
         cos, sin = self.cos[:N].to(a.dtype), self.sin[:N].to(a.dtype)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, D); position n sees positions 0..n."""
+    def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); position n sees the real ones of 0..n, and itself."""
         B, N, D = x.shape
         heads = self.qkv_proj(x).view(B, N, 3, self.n_heads, D // self.n_heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, N, d)
-        y = F.scaled_dot_product_attention(self._rotate(q), self._rotate(k), v, is_causal=True)
+        q, k, sees_B1NN = self._rotate(q), self._rotate(k), None
+        if padding_mask is not None:
+            # Itself, so that padding too has something to see: a softmax over nothing is NaN.
+            itself_NN = torch.eye(N, dtype=torch.bool, device=x.device)
+            sees_B1NN = padding_mask[:, None, None, :].expand(B, 1, N, N).tril() | itself_NN
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=sees_B1NN, is_causal=padding_mask is None
+        )
         return self.out_proj(y.transpose(1, 2).reshape(B, N, D))
 
 
@@ -136,7 +156,7 @@ class Block(nn.Module):
         self, x: Tensor, padding_mask: Tensor | None = None, token_ids: Tensor | None = None
     ) -> tuple[Tensor, Routing | None]:
         """(B, N, D) -> (B, N, D), and the routing of this layer (None when it is dense)."""
-        x = x + self.attention(self.attention_norm(x))
+        x = x + self.attention(self.attention_norm(x), padding_mask)
         h = self.feed_forward_norm(x)
         if isinstance(self.feed_forward, FeedForward):
             return x + self.feed_forward(h), None
@@ -160,10 +180,14 @@ class LanguageModel(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal with std 0.02; a router that prescribes its own start (noisy top-k) keeps it."""
+        """Normal with std 0.02, gains of 1; a router that prescribes its own start keeps it."""
         prescribed, banks = set(), {}
         for module in self.modules():
-            if isinstance(module, Router) and module.prescribes_start:
+            if isinstance(module, CausalAttention):
+                module.reset_tables()
+            elif isinstance(module, nn.RMSNorm):
+                module.reset_parameters()
+            elif isinstance(module, Router) and module.prescribes_start:
                 prescribed.update(map(id, module.parameters()))
             elif isinstance(module, Experts):
                 banks.update((id(parameter), module) for parameter in module.parameters())
@@ -185,8 +209,9 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, list[Routing]]:
         """Logits (B, N, vocab_size) of the next token, and one Routing for each MoE layer.
 
-        padding_mask (B, N) is True for real tokens and goes to the routers. Raises ValueError where
-        the sequence is longer than max_seq_len.
+        padding_mask (B, N) is True for real tokens: no real token attends to the others, and no
+        router gives them room. So a text gets the same logits alone and padded, on either side.
+        Raises ValueError where the sequence is longer than max_seq_len.
         """
         length, longest = tokens_BN.shape[-1], self.config.max_seq_len
         if length > longest:
@@ -206,10 +231,24 @@ class LanguageModel(nn.Module):
             router.update(of_layer)
 
 
-def next_token_loss(logits_BNV: Tensor, tokens_BN: Tensor) -> Tensor:
-    """Mean cross-entropy in nats, float32, of predicting token n+1 from the logits at n; N >= 2."""
+def next_token_loss(
+    logits_BNV: Tensor, tokens_BN: Tensor, padding_mask: Tensor | None = None
+) -> Tensor:
+    """Mean cross-entropy in nats, float32, of predicting token n+1 from the logits at n.
+
+    Only from real tokens (padding_mask (B, N) True) to real ones, and not of tokens that are -100;
+    0 where there is none. Raises ValueError where N < 2.
+    """
+    if tokens_BN.shape[1] < 2:
+        found = tuple(tokens_BN.shape)
+        raise ValueError(f"tokens of shape {found} hold no next token: N must be at least 2")
     # The shift by one happens here: the caller gives the tokens that went into the model.
-    return F.cross_entropy(logits_BNV[:, :-1].flatten(0, 1).float(), tokens_BN[:, 1:].flatten())
+    next_BN = tokens_BN[:, 1:]
+    if padding_mask is not None:
+        next_BN = next_BN.masked_fill(~(padding_mask[:, :-1] & padding_mask[:, 1:]), -100)
+    logits = logits_BNV[:, :-1].flatten(0, 1).float()
+    total = F.cross_entropy(logits, next_BN.flatten(), ignore_index=-100, reduction="sum")
+    return total / (next_BN != -100).sum().clamp(min=1)
 
 
 def train_step(
@@ -225,7 +264,7 @@ def train_step(
     The batch's cross-entropy, without auxiliary losses and without graph, and the routings.
     """
     logits_BNV, routings = model(tokens_BN, padding_mask)
-    loss = next_token_loss(logits_BNV, tokens_BN)
+    loss = next_token_loss(logits_BNV, tokens_BN, padding_mask)
     optimizer.zero_grad(set_to_none=True)
     (loss + sum(routing.aux_loss for routing in routings)).backward()
     nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)

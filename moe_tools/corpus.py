@@ -101,7 +101,7 @@ class Corpus:
         return torch.stack(rows).long(), labels_B
 
 
-def load(source: str = "builtin") -> Corpus:
+def load(source: str | Path = "builtin") -> Corpus:
     """Load text.
 
     Args:
@@ -111,14 +111,21 @@ def load(source: str = "builtin") -> Corpus:
 
     Raises:
         ValueError: the path does not exist, or there is too little text in it.
+        ImportError: "hf:NAME" without the package datasets.
     """
+    source = str(source)
     if source == "builtin":
         texts = {"English": _english(), "Python": _python(), "C": _c_headers()}
         texts = {
             name: text for name, text in texts.items() if text
         }  # a Python without headers has two domains
     elif source.startswith("hf:"):
-        from datasets import load_dataset  # heavy and optional: only for the reader who asks for it
+        try:
+            from datasets import load_dataset  # heavy and optional: for the reader who asks for it
+        except ImportError as error:
+            raise ImportError(
+                f"source={source!r} needs the package datasets: pip install datasets"
+            ) from error
 
         rows = load_dataset(source[3:], split="train", streaming=True)
         texts = {source[3:]: _take((row["text"] for row in rows), 3 * _DOMAIN_BYTES)}

@@ -50,7 +50,7 @@ def padded(rows_AD, counts_E, bank: Bank, keep_AF=None, places=None) -> Tensor:
 
     Good for many small, even groups.
     """
-    A, E = len(rows_AD), len(counts_E)
+    A, E = rows_AD.shape[0], len(counts_E)
     # Without a capacity the largest count has to be read, which synchronises with a GPU.
     C = max(1, int(counts_E.max()) if places is None else min(places, A))
     row_A, expert_E = (torch.arange(n, device=rows_AD.device) for n in (A, E))
@@ -96,7 +96,7 @@ def grouped(rows_AD, counts_E, bank: Bank, keep_AF=None, places=None) -> Tensor:
     expert_A = None
     if bank.gate_up_bias is not None:  # grouped_mm refuses a bias, though its signature has one
         expert_E = torch.arange(len(counts_E), device=rows_AD.device)
-        expert_A = torch.repeat_interleave(expert_E, counts_E, output_size=len(rows_AD))
+        expert_A = torch.repeat_interleave(expert_E, counts_E, output_size=rows_AD.shape[0])
     projected = F.grouped_mm(rows_AD, bank.gate_up_proj.mT, offs=ends_E)
     if expert_A is not None:
         projected = projected + bank.gate_up_bias.index_select(0, expert_A)

@@ -208,7 +208,7 @@ class Experts(nn.Module):
         keep_AF = None
         if self.training and self.dropout > 0:
             # Drawn here, so that all backends drop the same values.
-            keep_AF = F.dropout(rows_AD.new_ones(len(rows_AD), self.d_ff), self.dropout)
+            keep_AF = F.dropout(rows_AD.new_ones(rows_AD.shape[0], self.d_ff), self.dropout)
         inputs = rows_AD, counts_E, Bank(*weights, self.act), keep_AF, places
         if dtype is None:
             return run(self.backend, *inputs)

@@ -42,7 +42,7 @@ def fused(
 def _forward(rows_AD, counts_E, gate_up_proj, down_proj, gate_up_bias, down_bias, keep_AF, *act):
     activation = Activation.known(*act)
     out_AD = _like(rows_AD)
-    projected_AH = rows_AD.new_empty(len(rows_AD), gate_up_proj.shape[1])  # H is 2F, or F
+    projected_AH = rows_AD.new_empty(rows_AD.shape[0], gate_up_proj.shape[1])  # H is 2F, or F
     # One expert at a time through both products: what lies between is still in the cache.
     for e, group in _groups(counts_E):
         _project(rows_AD[group], gate_up_proj[e], gate_up_bias, e, out=projected_AH[group])
@@ -130,7 +130,7 @@ torch.library.register_autograd("moe_core::experts", _autograd, setup_context=_s
 
 @torch.library.register_fake("moe_core::experts", lib=_LIBRARY)
 def _(rows_AD, counts_E, gate_up_proj, *rest):
-    return _like(rows_AD), rows_AD.new_empty(len(rows_AD), gate_up_proj.shape[1])
+    return _like(rows_AD), rows_AD.new_empty(rows_AD.shape[0], gate_up_proj.shape[1])
 
 
 @torch.library.register_fake("moe_core::experts_backward", lib=_LIBRARY)

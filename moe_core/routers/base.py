@@ -87,7 +87,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.n_experts, self.d_model))
         for name, value in self.initial_state().items():
             vars(self).pop(name, None)  # an option may have the name: the buffer takes its place
-            self.register_buffer(name, value)
+            self.register_buffer(name, _wide(value))
         self.reset_weight()
 
     def initial_state(self) -> dict[str, Tensor]:
@@ -106,16 +106,21 @@ class Router(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def _apply(self, fn, recurse=True):
-        # What moves or casts a module. State moves but stays float32 at least: a bias that changes
-        # by 0.001 a step would stand still in bfloat16.
+        # What moves or casts a module. State moves but stays float32 at least.
         before = {name: b for name, b in self._buffers.items() if b.is_floating_point()}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             cast = self._buffers[name]
             if cast.dtype.itemsize < buffer.dtype.itemsize:
-                dtype = torch.promote_types(cast.dtype, torch.float32)
-                self._buffers[name] = buffer.to(cast.device, dtype)
+                self._buffers[name] = buffer.to(cast.device, _wide(cast).dtype)
         return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        # load_state_dict(assign=True) takes the tensors as they are.
+        for key in (prefix + name for name in self._buffers):
+            if key in state_dict:
+                state_dict[key] = _wide(state_dict[key])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def mean_top_k(self) -> float:
@@ -212,6 +217,13 @@ class Router(nn.Module):
 
         Call it on every rank, once per optimiser step, with the routings of all its micro-batches.
         """
+
+
+def _wide(state: Tensor) -> Tensor:
+    """In float32 at least: a bias that changes by 0.001 a step would stand still in bfloat16."""
+    if not state.is_floating_point():
+        return state
+    return state.to(torch.promote_types(state.dtype, torch.float32))
 
 
 def checked_padding_mask(padding_mask: Tensor | None, x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class ExpertChoiceRouter(Router):
         B, N, E = logits_BNE.shape
         pools, size = (1, B * N) if self.scope == "batch" else (B, N)
         # Each expert chooses once from every pool of tokens.
-        real_PS = checked_padding_mask(padding_mask, x).view(pools, size)
+        real_PS = checked_padding_mask(padding_mask, x).reshape(pools, size)
         count_PE = ceil_share(real_PS.sum(-1, keepdim=True), self.share).expand(-1, E)
         chosen_BNE = take_best(scores_BNE.view(pools, size, E), real_PS, count_PE).view(B, N, E)
         choice = self.every_expert(x), scores_BNE, logits_BNE, scores_BNE, padding_mask

@@ -103,7 +103,7 @@ class ExpertThresholdRouter(Router):
                 most = max(floor_share(real_BN.numel(), self.share), 1)
                 capacity = floor_share(most, 1 + C)
             count_E = torch.where(warming, k, count_E)  # no if: that would synchronise
-            pool_1SE, real_1S = logits_BNE.flatten(0, 1)[None], real_BN.view(1, -1)
+            pool_1SE, real_1S = logits_BNE.flatten(0, 1)[None], real_BN.reshape(1, -1)
             kept_BNE = take_best(pool_1SE, real_1S, count_E[None]).view(logits_BNE.shape)
             selected_BNE = kept_BNE | (selected_BNE & ~warming)
         scores_BNE = logits_BNE.sigmoid()
@@ -123,17 +123,19 @@ class ExpertThresholdRouter(Router):
         .. math:: m \leftarrow \beta m + (1-\beta) q, \quad c = m / (1 - \beta^t), \text{ kept as }
                   c \leftarrow c + \tfrac{1-\beta}{1-\beta^t} (q - c)
 
-        If no micro-batch has a real token, only ``steps`` counts. One of fewer than E/G tokens
-        counts with k = 1, a cutoff too high: update with larger ones.
+        If no micro-batch has a real token, only ``steps`` counts; one whose logits are not finite is
+        no token. One of fewer than E/G tokens counts with k = 1, a cutoff too high: update with
+        larger ones.
         """
         # The sum of cutoffs, and how many: one call to the other ranks.
         totals = self.cutoffs.new_zeros(self.n_experts + 1)
         for routing in routings:
-            real_T = routing.real_tokens.flatten()
+            logits_TE = routing.logits.flatten(0, 1)
+            # One NaN in the average would be there for good.
+            real_T = routing.real_tokens.flatten() & logits_TE.isfinite().all(-1)
             if real_T.numel() > 0:
                 n_real = real_T.sum()
                 k = self._k(n_real).clamp(max=real_T.numel())
-                logits_TE = routing.logits.flatten(0, 1)
                 logits_TE = logits_TE.masked_fill(~real_T.unsqueeze(-1), -torch.inf)
                 sorted_TE = logits_TE.sort(dim=0, descending=True).values
                 cutoff_E = sorted_TE.index_select(0, k.view(1) - 1).squeeze(0)
@@ -156,14 +158,15 @@ class ExpertThresholdRouter(Router):
         ``batches`` are x (B, N, D), or pairs (x, padding_mask); all their logits are held in
         memory. The cutoff of all tokens pooled is exact for these, but for ties; ranks average
         theirs by tokens. Later updates continue as from a long run's thresholds; ``steps`` stays.
-        Raises ValueError where there is no real token, or a shape is wrong.
+        Raises ValueError where there is no real token with finite logits, or a shape is wrong.
         """
         was_training, pooled = self.training, []
         self.eval()  # no jitter
         try:
             for batch in batches:
                 x, padding_mask = batch if isinstance(batch, tuple | list) else (batch, None)
-                pooled.append(self.logits(x)[checked_padding_mask(padding_mask, x)])
+                logits_TE = self.logits(x)[checked_padding_mask(padding_mask, x)]
+                pooled.append(logits_TE[logits_TE.isfinite().all(-1)])
         finally:
             self.train(was_training)
         none = self.cutoffs.new_zeros(0, self.n_experts)

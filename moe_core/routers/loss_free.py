@@ -64,7 +64,9 @@ class LossFreeRouter(TopKRouter):
 
     @torch.no_grad()
     def update(self, routings: Sequence[Routing]) -> None:
-        """Move the bias by one step."""
+        """Move the bias by one step; at a rate of 0 it stays, to the last bit."""
+        if self.bias_update_rate == 0:
+            return
         counts_E = load_over_ranks(routings, self.expert_bias)
         total = counts_E.sum()
         # E (mean - c_e), still an integer: no rounding can turn its sign.

@@ -78,14 +78,16 @@ class QuantileBalancingRouter(TopKRouter):
 
     @torch.no_grad()
     def update(self, routings: Sequence[Routing]) -> None:
-        """Solve for beta once, on the tokens of all micro-batches together."""
+        """Solve for beta once, on the tokens of all micro-batches whose logits are finite."""
         if self.top_k == self.n_experts:  # nothing to balance
             return
         # Ranks solve for themselves and average by their numbers of tokens.
         totals = self.beta.new_zeros(self.n_experts + 1)
         if sum(routing.real_tokens.numel() for routing in routings):
             scores_TE = torch.cat([routing.scores.flatten(0, 1) for routing in routings])
+            logits_TE = torch.cat([routing.logits.flatten(0, 1) for routing in routings])
             real_T = torch.cat([routing.real_tokens.flatten() for routing in routings])
+            real_T &= logits_TE.isfinite().all(-1)  # one NaN in the prices would stay there
             beta_E, n_real = self.beta, real_T.sum()
             for _ in range(self.n_alternations):
                 beta_E = balancing_bias(scores_TE, real_T, self.top_k, beta_E)

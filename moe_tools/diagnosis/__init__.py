@@ -38,9 +38,11 @@ def diagnose(history: RoutingLog) -> Findings:
         raise ValueError("history holds no training step: call add(step, routings) during training")
     if len({len(step.layers) for step in steps + history.evaluation}) > 1:
         raise ValueError("the logged steps must all have the same number of layers")
-    found, unasked = [], {}
+    found, unasked = ILLNESSES["diverged"].ask(history) or [], {}
+    # What comes after a NaN says nothing of what led there.
+    sound = run_illnesses.while_finite(history)
     for illness in ILLNESSES.values():
-        answer = illness.ask(history)
+        answer = illness.ask(sound) if sound.training else None
         if answer is None:
             unasked[illness.name] = illness.needs
         else:

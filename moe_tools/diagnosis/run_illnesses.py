@@ -1,7 +1,9 @@
-"""What stands around the router: padding, shared experts, evaluation, ranks that wait."""
+"""What stands around the router: divergence, padding, shared experts, evaluation, waiting ranks."""
 
+import math
 from statistics import fmean
 
+from .finding import Severity
 from .illness import WELL, LayerHistory, Symptoms, first_and_last, illness, later_half
 from .log_records import StepRecord
 from .routing_log import RoutingLog
@@ -13,6 +15,47 @@ GAP = 0.05
 STRAGGLER = 1.5  # times the mean of the ranks: the others wait a third of the time
 ALL_TO_ALL = 0.30  # of the step
 MEMORY = 0.90  # of the device
+
+
+@illness(
+    "diverged",
+    needs="a logged step",
+    whole_run=True,
+    severity=Severity.CRITICAL,
+    remedy=(
+        "Stop: what was learned is lost from there on. Go back to a checkpoint from before, with a "
+        "lower learning rate or smaller max_grad_norm; if it comes at the same step again, look at "
+        "that batch."
+    ),
+    source="No threshold: a NaN stays one",
+)
+def diverged(log: RoutingLog) -> Symptoms | None:
+    """A loss, a logit, a bias or a threshold is NaN or infinite."""
+    broken = [step for step in log.training if not _is_finite(step)]
+    if not broken:
+        return WELL
+    sound = [step.step for step in while_finite(log).training]
+    evidence = {"first_seen_at_step": broken[0].step, "steps": first_and_last(broken)}
+    return Symptoms(evidence | ({"last_finite_step": sound[-1]} if sound else {}))
+
+
+def while_finite(log: RoutingLog) -> RoutingLog:
+    """The log up to the last step before the first that holds a NaN or an infinity."""
+    steps = [step.step for step in log.training + log.evaluation if not _is_finite(step)]
+    if not steps:
+        return log
+    short = RoutingLog(every=log.every)
+    short.training = [step for step in log.training if step.step < min(steps)]
+    short.evaluation = [step for step in log.evaluation if step.step < min(steps)]
+    return short
+
+
+def _is_finite(step: StepRecord) -> bool:
+    numbers = [step.loss if step.loss is not None else 0.0]
+    for layer in step.layers:
+        numbers += [layer.entropy, layer.logsumexp, layer.largest_logit, *layer.losses.values()]
+        numbers += (layer.bias or []) + (layer.thresholds or [])
+    return all(map(math.isfinite, numbers))
 
 
 @illness(

@@ -27,7 +27,7 @@ def from_block(hf_block: nn.Module, hf_config) -> MixtureOfExperts:
 
     Raises:
         ValueError: the family is unknown, an option has no counterpart, or a weight is missing,
-            unexpected or of another shape than the family's layout says.
+            unexpected, of another shape than the family's layout says, or on the meta device.
     """
     moe = check(hf_block, hf_config)
     moe.load_state_dict(read(hf_block, moe, hf_block.state_dict()), assign=True)
@@ -64,6 +64,12 @@ def to_block(moe: MixtureOfExperts, hf_block: nn.Module, hf_config=None) -> nn.M
 def check(hf_block: nn.Module, hf_config) -> MixtureOfExperts:
     """What ``from_block`` raises and returns, but without memory (on the meta device)."""
     config = config_of(hf_block, hf_config)
+    away = [name for name, tensor in hf_block.state_dict().items() if tensor.is_meta]
+    if away:
+        raise ValueError(
+            f"{type(hf_block).__name__} holds no weights: {', '.join(away)} on the meta device. A "
+            "model that is offloaded or not loaded yet has to be brought into memory first"
+        )
     with torch.device("meta"):  # draws no random number either
         moe = MixtureOfExperts(config)
     read(hf_block, moe, _without_memory(hf_block.state_dict()))

@@ -80,6 +80,9 @@ def save(
 
     Returns:
         The path of the checkpoint. Until it is whole nothing stands there.
+
+    Raises:
+        FileNotFoundError: a rank does not see rank 0's folder.
     """
     final = Path(folder) / f"step-{step:08d}"
     part = final.with_suffix(".part")
@@ -87,6 +90,7 @@ def save(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     _wait()
+    _require_shared(part)
     with _quiet():
         dcp.save(
             tensors(model, optimizer),
@@ -105,6 +109,33 @@ def save(
         part.rename(final)
     _wait()
     return final
+
+
+def _require_shared(part: Path) -> None:
+    """Raise FileNotFoundError, on every rank, where one of them writes to another folder."""
+    if not dist.is_initialized():
+        return
+    part.mkdir(parents=True, exist_ok=True)  # where a rank has a disk of its own
+    mine = part / f"rank-{_rank()}"
+    mine.touch()
+    _wait()
+    here = sum((part / f"rank-{rank}").exists() for rank in range(dist.get_world_size()))
+    seen = _from_rank_0(here)
+    _wait()
+    mine.unlink()
+    if seen != dist.get_world_size():
+        raise FileNotFoundError(
+            f"rank 0 sees {seen} of {dist.get_world_size()} ranks in {part}: all must write to one "
+            "folder, on a file system that the machines share"
+        )
+    _wait()
+
+
+def remove_old(folder: str | Path, keep: int) -> None:
+    """Remove all checkpoints but the ``keep`` newest; 0 keeps all. One rank calls it."""
+    saved = sorted(Path(folder).glob("step-*[0-9]"))
+    for path in saved[: len(saved) - keep] if keep else []:
+        shutil.rmtree(path)
 
 
 def load(path: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
@@ -163,10 +194,7 @@ def newest(folder: str | Path) -> Path | None:
                 break
             except BrokenCheckpoint as error:
                 warnings.warn(f"{error}; trying the one before it", stacklevel=2)
-    if dist.is_initialized():
-        chosen = torch.tensor(step, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.broadcast(chosen, 0)
-        step = int(chosen)
+    step = _from_rank_0(step)
     return None if step < 0 else Path(folder) / f"step-{step:08d}"
 
 
@@ -180,6 +208,14 @@ def _checksum(path: Path) -> int:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _from_rank_0(number: int) -> int:
+    if not dist.is_initialized():
+        return number
+    chosen = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.broadcast(chosen, 0)
+    return int(chosen)
 
 
 def _wait() -> None:

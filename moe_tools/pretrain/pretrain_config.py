@@ -11,6 +11,8 @@ from moe_core.config import MoEConfig
 from moe_core.lm import LMConfig
 from moe_core.validate import at_least, boolean, one_of, whole
 
+# What says how processes share the work; a run may go on with others.
+OF_THE_PROCESSES = ("ep_size", "placement", "replicas", "timeout", "threads")
 PLACEMENTS = ("contiguous", "round_robin", "by_load")
 
 
@@ -85,6 +87,7 @@ class PretrainConfig:
         50, "measure the held-out loss every so many steps, and at the end; 0 only at the end"
     )
     save_every: int = _option(50, "write a checkpoint every so many steps, and at the end")
+    keep: int = _option(0, "how many checkpoints are kept, the newest ones; 0 keeps all")
     timeout: float = _option(30.0, "seconds after which a rank that does not answer is given up")
     threads: int = _option(1, "processor threads of each process; 0 leaves it to torch")
 
@@ -104,7 +107,11 @@ class PretrainConfig:
             eval_every=self.eval_every,
             threads=self.threads,
             replicas=self.replicas,
+            keep=self.keep,
         )
+        if not self.out:
+            raise ValueError("out='' must name a folder")
+        object.__setattr__(self, "out", str(Path(self.out).expanduser()))  # frozen
         at_least(0, lr=self.lr, weight_decay=self.weight_decay, timeout=self.timeout)
         for name in ("max_grad_norm", "timeout"):
             if not getattr(self, name) > 0:
@@ -206,6 +213,9 @@ class PretrainConfig:
 def from_command_line(argv: list[str] | None = None) -> tuple[PretrainConfig, bool]:
     """The config, and whether to resume: the defaults, then --config, then the flags.
 
+    Between the defaults and --config, --resume reads the options of the run it goes on with, but
+    for ``OF_THE_PROCESSES``.
+
     Ends the program with the reason (exit status 2) where a flag, a key or a value is wrong.
     """
     parser = argparse.ArgumentParser(
@@ -226,7 +236,8 @@ def from_command_line(argv: list[str] | None = None) -> tuple[PretrainConfig, bo
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the last whole checkpoint in --out, at any world size",
+        help="go on from the last whole checkpoint in --out, at any world size, with the options "
+        "of that run where no others are given",
     )
     for f in fields(PretrainConfig):
         kind = _plain_type(f)
@@ -246,12 +257,14 @@ def from_command_line(argv: list[str] | None = None) -> tuple[PretrainConfig, bo
     file, resume = flags.pop("config"), flags.pop("resume")
     try:
         values = _read(file) if file else {}
-        return (
-            PretrainConfig.from_dict(
-                values | {name: value for name, value in flags.items() if value is not None}
-            ),
-            resume,
-        )
+        values |= {name: value for name, value in flags.items() if value is not None}
+        if resume:
+            out = Path(values.get("out", PretrainConfig.out)).expanduser()
+            before = out / "config.json"
+            stored = _read(str(before)) if before.is_file() else {}
+            stored = {k: v for k, v in stored.items() if k not in OF_THE_PROCESSES}
+            values = stored | values | {"out": str(out)}
+        return PretrainConfig.from_dict(values), resume
     except (ValueError, OSError) as error:
         parser.error(str(error))
 
@@ -262,7 +275,10 @@ def _plain_type(f) -> type:
 
 def _read(file: str) -> dict:
     text = Path(file).read_text()
-    values = tomllib.loads(text) if file.endswith(".toml") else json.loads(text)
+    try:
+        values = tomllib.loads(text) if file.lower().endswith(".toml") else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON or, by its name, TOML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold a table of options")
     return values

@@ -21,10 +21,14 @@ from .. import corpus
 from ..diagnosis.routing_log import RoutingLog
 from . import step_costs
 from .pretrain_config import PretrainConfig
-from .sharded_optimizer import adamw, clip_gradients, finish_expert_gradients
+from .sharded_optimizer import adamw, clip_gradients, finish_expert_gradients, local
 from .topology import Topology, shard_replicated
 
 EVAL_BATCHES = 8
+
+
+class Diverged(ArithmeticError):
+    """A loss, a gradient or a weight is NaN or infinite; the message says at which step."""
 
 
 class Trainer:
@@ -75,7 +79,11 @@ class Trainer:
         self.routing_log = RoutingLog(self.model)
 
     def train_step(self) -> dict:
-        """One optimiser step; returns what is logged of it, the same numbers on every rank."""
+        """One optimiser step; returns what is logged of it, the same numbers on every rank.
+
+        Raises Diverged, on every rank, where the loss or the gradient is not finite; the weights
+        are then those of the step before.
+        """
         self.step += 1
         config, logged = self.config, self.step % self.routing_log.every == 0
         if logged:
@@ -93,10 +101,11 @@ class Trainer:
         means, first_loss, routings = self._backward(self._batch("train", self.step))
         if self.topology is not None:
             finish_expert_gradients(self.model, self.topology)
-        norm = clip_gradients(self.model, config.max_grad_norm, self.topology)
+        norm = float(clip_gradients(self.model, config.max_grad_norm, self.topology))
+        loss, aux_loss = mean_over_ranks(means).tolist()
+        self._require_finite(loss=loss, aux_loss=aux_loss, grad_norm=norm)
         self.optimizer.step()
         self.model.update_routers(routings)
-        loss, aux_loss = mean_over_ranks(means).tolist()
         asked_LE, kept_LE = self._loads(routings)
         seconds = time.perf_counter() - started
         self.routing_log.add(
@@ -115,7 +124,7 @@ class Trainer:
             "loss": loss,
             "aux_loss": aux_loss,
             "lr": lr,
-            "grad_norm": float(norm),
+            "grad_norm": norm,
             **_balance(asked_LE, kept_LE),
             "tokens": config.batch_size * config.seq_len,
             "seconds": seconds,
@@ -123,7 +132,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Held-out loss in nats per byte, over the same windows, shared out over the ranks."""
+        """Held-out loss in nats per byte, over the same windows, shared out over the ranks.
+
+        Raises Diverged where it is not finite.
+        """
         self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for index in range(EVAL_BATCHES):
@@ -131,7 +143,20 @@ class Trainer:
                 total += next_token_loss(self._forward(tokens)[0], tokens) / (
                     EVAL_BATCHES * self.n_micro
                 )
-        return float(mean_over_ranks(total))
+        loss = float(mean_over_ranks(total))
+        self._require_finite(valid_loss=loss)
+        return loss
+
+    def require_finite_weights(self) -> None:
+        """Raise Diverged, on every rank, where a weight is not finite on one."""
+        weights = [local(parameter) for parameter in self.model.parameters()]
+        if self.any_rank(not all(weight.isfinite().all() for weight in weights)):
+            raise Diverged(f"step {self.step}: a weight is NaN or infinite")
+
+    def _require_finite(self, **numbers: float) -> None:
+        bad = [f"{name}={value}" for name, value in numbers.items() if not math.isfinite(value)]
+        if bad:
+            raise Diverged(f"step {self.step}: {', '.join(bad)}")
 
     @torch.no_grad()
     def _log_eval_mode(self) -> None:

@@ -1,7 +1,10 @@
 """A training run from start to end: progress, log, checkpoints, and a clean end."""
 
+import fcntl
 import json
 import signal
+import threading
+import time
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +18,7 @@ from . import checkpoint
 from .heartbeat import Heartbeat
 from .pretrain_config import PretrainConfig
 from .sharded_optimizer import local
-from .trainer import Trainer
+from .trainer import Diverged, Trainer
 
 ENOUGH = 5  # logged steps, one in twenty: fewer say more about the start than about the run
 
@@ -45,12 +48,13 @@ def pretrain(
         The last checkpoint.
 
     Raises:
-        FileExistsError: the folder holds a run, and resume is False.
+        FileExistsError: the folder holds a run, and resume is False; or a run is going on there.
         ValueError: the config does not fit the processes, or the checkpoint holds another model.
         RankLost: another rank died or did not answer within ``config.timeout`` seconds.
+        Diverged: a loss, a gradient or a weight is not finite. Nothing of that step is saved.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads or threads)
     out, trainer = Path(config.out), None
     try:
         trainer = Trainer(config)
@@ -61,6 +65,7 @@ def pretrain(
             raise
         raise _rank_lost(error, heartbeat, config, trainer.step if trainer else 0) from error
     finally:
+        torch.set_num_threads(threads)
         if heartbeat is not None:
             heartbeat.leave()
 
@@ -68,16 +73,28 @@ def pretrain(
 def _steps(trainer: Trainer, log: "_Log", folder: Path, told: list) -> Path:
     config, saved = trainer.config, None
     while trainer.step < config.steps:
-        record = trainer.train_step()
-        last = trainer.step == config.steps
-        if last or (config.eval_every and trainer.step % config.eval_every == 0):
-            record["valid_loss"] = trainer.evaluate()
-        log.write(record)
-        stop = trainer.any_rank(bool(told))
-        if last or stop or trainer.step % config.save_every == 0:
+        try:
+            record = trainer.train_step()
+            last = trainer.step == config.steps
+            if last or (config.eval_every and trainer.step % config.eval_every == 0):
+                record["valid_loss"] = trainer.evaluate()
+            log.write(record)
+            stop = trainer.any_rank(bool(told))
+            save = last or stop or trainer.step % config.save_every == 0
+            if save:
+                trainer.require_finite_weights()
+        except Diverged as error:
+            log.diagnose(trainer.routing_log)
+            raise Diverged(
+                f"{error}: the run has diverged and stops here; {_last_checkpoint(folder)}. Try a "
+                f"lower lr than {config.lr:g}, or look at the batch of this step"
+            ) from error
+        if save:
             saved = checkpoint.save(
                 folder, trainer.step, trainer.model, trainer.optimizer, config=config.to_dict()
             )
+            if trainer.rank == 0:
+                checkpoint.remove_old(folder, config.keep)
         if stop and not last:
             log.say(f"stopped after step {trainer.step} as asked; --resume goes on from {saved}")
             break
@@ -90,7 +107,12 @@ class _Log:
 
     def __init__(self, out: Path, trainer: Trainer, resume: bool):
         self.out, config, folder = out, trainer.config, out / "checkpoints"
-        self.file = self.bar = None
+        self.file = self.bar = self.lock = None
+        if trainer.rank == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            self.lock = _lock(out / "lock")
+        if trainer.any_rank(trainer.rank == 0 and self.lock is None):
+            raise FileExistsError(f"a run is going on in {out}: give another --out, or end it")
         found = trainer.any_rank(trainer.rank == 0 and (out / "log.jsonl").exists())
         if found and not resume:
             raise FileExistsError(
@@ -98,13 +120,13 @@ class _Log:
             )
         last = checkpoint.newest(folder)
         if last is not None:
-            _same_model(checkpoint.check(last)["notes"]["config"], config)
+            before = PretrainConfig.from_dict(checkpoint.check(last)["notes"]["config"])
+            _same_model(before, config)
             trainer.step = checkpoint.load(last, trainer.model, trainer.optimizer)["step"]
         if trainer.rank != 0:
             return
         from tqdm.auto import tqdm  # only who trains needs it
 
-        out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
         kept = (out / "log.jsonl").read_text().splitlines() if found else []
         kept = [
@@ -121,13 +143,14 @@ class _Log:
             f"{trainer.device.type}, {parameters:,} parameters on this rank"
             + (f", resumed from {last}" if last else "")
         )
+        if last is not None and (changed := _differences(before.to_dict(), config.to_dict())):
+            self.say(f"other options than before: {changed}")
 
     def write(self, record: dict) -> None:
         """A step's line and the bar's next tick."""
         if self.file is not None:
-            self.file.write(
-                json.dumps({name: _short(value) for name, value in record.items()}) + "\n"
-            )
+            short = {name: _short(value) for name, value in record.items()}
+            self.file.write(json.dumps(short, allow_nan=False) + "\n")
             shown = {
                 name: f"{record[name]:.3f}" for name in ("loss", "valid_loss") if name in record
             }
@@ -152,6 +175,8 @@ class _Log:
         if self.file is not None:
             self.file.close()
             self.bar.close()
+        if self.lock is not None:
+            self.lock.close()
 
 
 def _short(value):
@@ -160,30 +185,72 @@ def _short(value):
     return [_short(item) for item in value] if isinstance(value, list) else value
 
 
-def _same_model(saved: dict, config: PretrainConfig) -> None:
-    saved = PretrainConfig.from_dict(saved)
-    if saved.model() != config.model():
-        raise ValueError(
-            f"the checkpoint holds another model: {saved.model()}, asked for is {config.model()}"
-        )
+def _lock(path: Path):
+    """The open file whose lock this process holds until it ends; None where another holds it."""
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:  # a file system without locks: nobody is kept out
+        pass
+    return file
+
+
+def _differences(before: dict, now: dict) -> str:
+    """name=now (was before), for each value that differs; tables are compared by their keys."""
+    found = []
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += [_differences(old, new)] if old != new else []
+        elif old != new and name not in ("out", "steps", "threads"):
+            found.append(f"{name}={new!r} (was {old!r})")
+    return ", ".join(found)
+
+
+def _same_model(before: PretrainConfig, config: PretrainConfig) -> None:
+    if before.model() != config.model():
+        differ = _differences(before.model().to_dict(), config.model().to_dict())
+        raise ValueError(f"the checkpoint holds another model than was asked for: {differ}")
 
 
 @contextmanager
 def _told_to_stop():
-    """A list that is no longer empty once SIGTERM came: the step is finished and saved first."""
-    told = []
-    before = signal.signal(signal.SIGTERM, lambda signum, frame: told.append(signum))
+    """A list that is no longer empty once SIGTERM or Ctrl-C came: the step is finished and saved.
+
+    A second Ctrl-C, a second later or more, interrupts. (torchrun hands the first one on again.)
+    """
+    told, first = [], None
+
+    def tell(signum, frame):
+        nonlocal first
+        told.append(signum)
+        first = first or time.monotonic()
+        if signum == signal.SIGINT and time.monotonic() > first + 1:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield told  # only the main thread may ask for signals
+        return
+    before = {signum: signal.signal(signum, tell) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield told
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _last_checkpoint(folder: Path) -> str:
+    last = sorted(folder.glob("step-*[0-9]"))
+    return f"the last checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
 
 
 def _rank_lost(
     error: RuntimeError, heartbeat: Heartbeat, config: PretrainConfig, step: int
 ) -> RankLost:
-    last = sorted((Path(config.out) / "checkpoints").glob("step-*[0-9]"))
-    where = f"the last checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+    where = _last_checkpoint(Path(config.out) / "checkpoints")
     try:
         missing, left = heartbeat.missing(), heartbeat.left()
         ranks = missing or left

@@ -12,7 +12,7 @@ from moe_tools.corpus import VOCAB_SIZE
 from moe_tools.diagnosis.log_records import StepCosts
 from moe_tools.diagnosis.routing_log import RoutingLog
 
-from .ward import STEPS, TRUNK, layers, newborn, patient, text, train
+from .ward import EVERY, STEPS, TRUNK, layers, newborn, patient, text, train
 
 # How a run of each router stays healthy: MoEConfig's fields. What differs from the router bench: 60 steps are few, so a balance loss
 # that has to work in them is up to 5 times as strong, thresholds forget faster, and ReLU's penalty starts where it bites.
@@ -141,7 +141,21 @@ def _fair_ranks(seed: int) -> RoutingLog:
     return train(patient(seed, aux_loss_weight=0.01), seed=seed, measure=_ranks())
 
 
+def _poisoned(seed: int) -> RoutingLog:
+    """What one bad step does: from there on a weight is NaN."""
+
+    @torch.no_grad()
+    def spoil(model, tokens, routings):
+        if next(step) == 3 * STEPS // EVERY // 4:
+            model.blocks[0].attention.qkv_proj.weight[0, 0] = torch.nan
+        return {}
+
+    step = iter(range(STEPS))
+    return train(patient(seed, aux_loss_weight=0.01), seed=seed, measure=spoil)
+
+
 PATIENTS = [
+    Patient("diverged", "after three quarters of the run a weight is NaN", _poisoned),
     Patient(
         "collapse",
         "no balance loss, and a router that starts with a liking for expert 0",

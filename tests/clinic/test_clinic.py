@@ -42,6 +42,17 @@ def test_the_twin_in_which_the_one_thing_is_right_is_well(patient, seed):
     assert findings == [] and patient.name not in findings.unasked, str(findings)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_found_first_and_what_came_before_it_is_still_asked(value):
+    log = RoutingLog.from_dict(PATIENTS[1].run(0).to_dict())
+    log.training[-1].loss = value
+    assert diagnosis.diagnose(log).names[:2] == ["diverged", PATIENTS[1].name]
+    for step in log.training:
+        step.loss = value
+    findings = diagnosis.diagnose(log)
+    assert findings.names == ["diverged"] and len(findings.unasked) == len(ILLNESSES)
+
+
 def test_every_illness_has_a_patient_but_memory_pressure_which_needs_a_device():
     assert set(HEALTHY) <= set(ROUTERS)
     assert {patient.name for patient in PATIENTS} == set(ILLNESSES) - {"memory pressure"}

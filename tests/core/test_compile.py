@@ -47,6 +47,18 @@ def test_the_compiled_layer_is_one_graph_with_equal_numbers(options):
     assert graphs.frame_count == 1
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_eleven_lengths_need_three_graphs_at_most(dynamic):
+    moe = seeded(MixtureOfExperts, config(aux_loss_weight=0.01))
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(moe, fullgraph=True, dynamic=dynamic, backend=graphs)
+    for length in range(6, 17):
+        x = randn(2, length, 8, seed=length)
+        for a, b in zip(step(compiled, moe, x), step(moe, moe, x)):
+            assert close(a, b)
+    assert graphs.frame_count <= 3
+
+
 @pytest.mark.parametrize("options", [{}, {"capacity_factor": 1.0}], ids=str)
 def test_fake_bfloat16_on_a_device_is_one_graph_too(options):
     """As it would be traced on a GPU, which is not here: shapes and dtypes only, and the grouped matmul in the graph."""

@@ -256,3 +256,56 @@ def test_a_batch_may_be_empty(dense, shape):
 def test_a_sequence_too_long_is_refused():
     with pytest.raises(ValueError, match="sequence length 9 must be at most max_seq_len=8"):
         model(lm_config())(tokens(1, 9))
+
+
+@pytest.mark.parametrize("reset_first", [False, True])
+def test_a_model_made_without_memory_and_filled_from_a_state_dict_is_the_same(reset_first):
+    lm = model(lm_config())
+    with torch.device("meta"):
+        other = LanguageModel(lm_config())
+    other.to_empty(device="cpu")
+    for tensor in (*other.parameters(), *other.buffers()):
+        tensor.data.fill_(torch.nan)  # to_empty leaves whatever was there; made visible
+    if reset_first:
+        other.reset_parameters()
+        assert all(tensor.isfinite().all() for tensor in (*other.parameters(), *other.buffers()))
+    other.load_state_dict(lm.state_dict())
+    assert torch.equal(other(tokens())[0], lm(tokens())[0])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_a_text_has_the_same_logits_loss_and_gradients_alone_and_padded(side, dense):
+    cfg = lm_config(aux_loss_weight=0.0)
+    lm, text = model(cfg.dense_twin() if dense else cfg), tokens(1, 5)
+    before = {"left": 3, "right": 0, "both": 1}[side]
+    padded = torch.full((1, 8), 7)
+    padded[:, before : before + 5] = text
+    real = (torch.arange(8) >= before) & (torch.arange(8) < before + 5)
+    losses, gradients, logits = [], [], []
+    for row, mask in ((text, None), (padded, real[None]), ((padded + 1) % 32, real[None])):
+        if mask is not None:
+            row = row.clone()
+            row[:, before : before + 5] = text
+        out, _ = lm(row, mask)
+        logits.append(out if mask is None else out[:, before : before + 5])
+        losses.append(next_token_loss(out, row, mask))
+        gradients.append(torch.autograd.grad(losses[-1], list(lm.parameters()), allow_unused=True))
+    for other in (1, 2):
+        assert close(logits[other], logits[0]) and close(losses[other], losses[0])
+        for a, b in zip(gradients[other], gradients[0]):
+            assert close(a, b, size=1.0)
+
+
+def test_where_nothing_is_to_be_predicted_the_loss_is_zero_and_one_token_is_refused():
+    lm, rows = model(lm_config()), tokens()
+    logits, _ = lm(rows)
+    for loss in (
+        next_token_loss(logits, torch.full_like(rows, -100)),
+        next_token_loss(logits, rows, torch.zeros_like(rows, dtype=torch.bool)),
+        next_token_loss(logits[:0], rows[:0]),
+    ):
+        assert loss.item() == 0
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, logits, retain_graph=True))
+    with pytest.raises(ValueError, match=r"tokens of shape \(2, 1\) hold no next token"):
+        next_token_loss(logits[:, :1], rows[:, :1])

@@ -91,12 +91,12 @@ class Ranks:
     """Processes as torchrun starts them, which keeps the store by which they meet; each has its own standard error. All are ended when
     the block is left."""
 
-    def __init__(self, n_ranks, out, *flags):
+    def __init__(self, n_ranks, out, *flags, own_folders=False):
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.errors = [open(f"{out}.{rank}.txt", "w+") for rank in range(n_ranks)]
         self.processes = [
             subprocess.Popen(
-                [*ALONE, *TINY, *flags, "--out", str(out)],
+                [*ALONE, *TINY, *flags, "--out", f"{out}-{rank}" if own_folders else str(out)],
                 cwd=ROOT,
                 stdout=subprocess.DEVNULL,
                 stderr=self.errors[rank],
@@ -288,3 +288,99 @@ def test_when_a_rank_hangs_the_others_give_it_up_after_the_timeout(tmp_path):
         ranks.processes[1].send_signal(signal.SIGSTOP)
         codes, [[message]] = ranks.ends_of([0])
     assert codes == [1] and "rank 1 of 2 gone or silent" in message and "timeout 10 s" in message
+
+
+def test_a_run_that_diverges_stops_saves_nothing_of_it_and_says_what_to_do(tmp_path):
+    done = run(ALONE, tmp_path / "hot", "--steps", "200", "--lr", "1e20")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    [message] = re.findall(r"^error: .*", done.stderr, re.MULTILINE)
+    assert re.search(r"step \d+: .*(nan|inf|NaN|infinite)", message) and "lower lr" in message
+    text = (tmp_path / "hot" / "log.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    for path in (tmp_path / "hot" / "checkpoints").glob("step-*"):
+        assert checkpoint.check(path)["step"] <= len(log(tmp_path / "hot"))
+
+
+def test_what_is_resumed_keeps_its_options_says_what_changed_and_refuses_another_model(tmp_path):
+    out = tmp_path / "run"
+    options = ["--lr", "0.01", "--seed", "3", "--router", "loss_free"]
+    assert run(ALONE, out, "--steps", "5", *options).returncode == 0
+    bare = [*ALONE, "--resume", "--out", str(out)]
+    more = {"cwd": ROOT, "env": environment(), "capture_output": True, "text": True}
+    done = subprocess.run([*bare, "--steps", "8"], timeout=PATIENCE, **more)
+    assert done.returncode == 0 and "other options" not in done.stdout + done.stderr, done.stderr
+    stored = json.loads((out / "config.json").read_text())
+    kept = {name: stored[name] for name in ("lr", "seed", "router", "batch_size", "steps")}
+    assert kept == {"lr": 0.01, "seed": 3, "router": "loss_free", "batch_size": 8, "steps": 8}
+    done = subprocess.run([*bare, "--steps", "9", "--lr", "0.02"], timeout=PATIENCE, **more)
+    assert "other options than before: lr=0.02 (was 0.01)" in done.stdout + done.stderr
+    done = subprocess.run([*bare, "--n-experts", "8"], timeout=PATIENCE, **more)
+    assert done.returncode == 1
+    assert done.stderr.count("error:") == 1 and done.stderr.rstrip().endswith(
+        "the checkpoint holds another model than was asked for: n_experts=8 (was 4)"
+    )
+
+
+def test_ctrl_c_finishes_the_step_and_saves(tmp_path):
+    with Ranks(1, tmp_path / "run", *ENDLESS, "--save-every", "1000000") as ranks:
+        ranks.wait_for(lambda: len(log(ranks.out)) >= 3)
+        ranks.processes[0].send_signal(signal.SIGINT)
+        codes, _ = ranks.ends_of([0])
+    assert codes == [0] and "Traceback" not in ranks.said(0)
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints") is not None
+
+
+def test_a_folder_in_which_a_run_is_going_on_is_not_taken_twice_and_only_the_newest_are_kept(
+    tmp_path,
+):
+    with Ranks(1, tmp_path / "run", *ENDLESS, "--keep", "2") as ranks:
+        ranks.wait_for(lambda: len(log(ranks.out)) >= 12)
+        again = run(ALONE, tmp_path / "run", "--resume", *ENDLESS)
+        assert again.returncode == 1 and "a run is going on in" in again.stderr
+        ranks.processes[0].send_signal(signal.SIGTERM)
+        assert ranks.ends_of([0])[0] == [0]
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+
+
+def test_ranks_that_do_not_share_the_folder_are_told_at_the_first_checkpoint(tmp_path):
+    with Ranks(2, tmp_path / "run", "--steps", "9", "--ep-size", "2", own_folders=True) as ranks:
+        codes, messages = ranks.ends_of([0, 1])
+    assert codes == [1, 1], ranks.said(0)
+    for [message] in messages:
+        assert "rank 0 sees 1 of 2 ranks in" in message and "share" in message
+    assert not list(tmp_path.glob("run*/checkpoints/step-*[0-9]"))
+
+
+@pytest.mark.parametrize(
+    "flags, status, said",
+    [
+        (["--out", ""], 2, "out='' must name a folder"),
+        (["--text", "hf:none"], 1, "needs the package datasets"),
+        (["--text", "/nowhere.txt"], 1, "must be 'builtin'"),
+        (["--out", __file__ + "/below"], 1, "Not a directory"),
+        (["--config", __file__], 2, "is not JSON"),
+    ],
+)
+def test_what_is_wrong_around_a_run_is_an_error_of_one_line(tmp_path, flags, status, said):
+    done = subprocess.run(
+        [*ALONE, *TINY, "--steps", "1", "--out", str(tmp_path / "out"), *flags],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    assert said in done.stderr
+
+
+def test_a_rank_without_torchrun_is_told_so(tmp_path):
+    done = subprocess.run(
+        [*ALONE, *TINY, "--out", str(tmp_path / "out")],
+        cwd=ROOT,
+        env=environment(RANK="0"),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == 1 and "start the run with torchrun, or unset RANK" in done.stderr

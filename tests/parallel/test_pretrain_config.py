@@ -284,6 +284,7 @@ def test_every_option_has_a_flag_that_sets_it():
         "precision": "bfloat16",
         "eval_every": 0,
         "save_every": 7,
+        "keep": 3,
         "timeout": 1.5,
         "threads": 2,
     }

@@ -69,12 +69,12 @@ LAYERS = {"switch": 4, "deepseek_v4": 5}  # MoE layers; 2 in the others
 SHAPE = (2, 9, 32, 16, 8, 2, 4, 2)  # D = 2F: gate_up_proj is square
 
 
-def hf_model(name: str) -> nn.Module:
+def hf_model(name: str, seed: int = 0) -> nn.Module:
     """A model with every weight drawn at random, in eval mode."""
     cls, sizes = MODELS[name]
     config = hf_config(name, SHAPE, vocab_size=VOCABULARY, **sizes)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         models = import_module(
             f"transformers.models.{FAMILIES[name].module}.modeling_{FAMILIES[name].module}"
         )

@@ -261,3 +261,42 @@ def test_a_converted_model_generates_the_same_tokens_and_shows_its_routings():
             )
     assert torch.equal(model.generate(tokens, max_new_tokens=5, do_sample=False), expected)
     assert len(routings) == 2 * 5 and repr(model)
+
+
+@EVERY_FAMILY
+def test_a_converted_model_is_saved_as_the_model_it_was_and_comes_back(name, tmp_path):
+    model = hf_model(name)
+    names = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    expected = run(model).logits
+    hf.convert(model)
+    assert {key: tensor.shape for key, tensor in model.state_dict().items()} == names
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, use_safetensors=True)
+    assert gap(run(loaded.eval()).logits, expected) <= 1e-5
+
+    other = hf.convert(hf_model(name, seed=1)).eval()
+    assert gap(run(other).logits, expected) > 1e-3
+    other.load_state_dict(model.state_dict())
+    assert gap(run(other).logits, expected) <= 1e-4
+
+
+def test_a_converted_model_can_be_pickled_and_copied(tmp_path):
+    model = hf.convert(hf_model("mixtral"))
+    torch.save(model, tmp_path / "model.pt")
+    expected = run(model)  # after this transformers has hooks that nobody can pickle
+    # our own file, just written
+    for other in (torch.load(tmp_path / "model.pt", weights_only=False), copy.deepcopy(model)):
+        again = run(other)
+        assert torch.equal(again.logits, expected.logits)
+        assert len(router_logits(again)) == len(router_logits(expected))
+
+
+def test_a_block_without_its_weights_is_refused():
+    model = hf_model("mixtral")
+    block = model.model.layers[1].mlp
+    block.experts.to("meta")
+    with pytest.raises(ValueError, match="holds no weights: experts.gate_up_proj, experts.down"):
+        hf.from_block(block, model.config)
+    with pytest.raises(ValueError, match="brought into memory first"):
+        hf.convert(model)
+    assert not any(isinstance(module, hf.ConvertedBlock) for module in model.modules())

@@ -187,6 +187,20 @@ def test_state_survives_a_state_dict_and_a_copy(name):
 
 
 @every_router
+def test_state_is_float32_whatever_the_default_dtype_is_and_whatever_is_assigned_to_it(name):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        moe = layer(name)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    narrow = {key: v.bfloat16() if v.is_floating_point() else v for key, v in state(moe).items()}
+    for assign in (False, True):
+        moe.load_state_dict(narrow, assign=assign)
+        for buffer in moe.router.buffers():
+            assert buffer.dtype == torch.float32 or not buffer.is_floating_point()
+
+
+@every_router
 def test_the_output_teaches_the_router_and_every_expert_gets_a_gradient(name):
     moe, x, token_ids = (
         layer(name),
@@ -220,6 +234,44 @@ def test_a_token_that_is_no_number_is_refused_by_the_check(name, bad):
         return
     with pytest.raises(ValueError, match="NaN or infinity"):
         moe.router(x).check()
+
+
+@every_router
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_batch_that_is_no_number_leaves_finite_state_and_a_sequence_of_it_is_no_token(name, bad):
+    x, token_ids = randn(4, 16, 8), torch.arange(64).view(4, 16) % 32
+    spoiled = x.clone()
+    spoiled[1] = bad
+    of_three = torch.ones(4, 16, dtype=torch.bool)
+    of_three[1] = False
+    seen, masked = layer(name), layer(name)
+    if name == "base":  # it solves for the assignment, and refuses
+        with pytest.raises(ValueError, match="scores hold NaN or infinity"):
+            seen.router(spoiled)
+        return
+    seen.router.update([seen.router(spoiled, None, token_ids)])
+    masked.router.update([masked.router(x, of_three, token_ids)])
+    if name in ("expert_threshold", "quantile_balancing"):
+        for buffer, other in zip(seen.router.buffers(), masked.router.buffers()):
+            assert torch.equal(buffer, other)
+    for _ in range(3):
+        seen.router.update([seen.router(torch.full_like(x, bad), None, token_ids)])
+        seen.router.update([seen.router(x, None, token_ids)])
+    assert all(value.isfinite().all() for value in seen.state_dict().values())
+    assert seen.eval().router(x, None, token_ids).check().selected_mask.any()
+
+
+@every_router
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mask_that_is_a_view_is_a_mask(name, training):
+    moe, x, token_ids = layer(name).train(training), randn(3, 7, 8), torch.arange(21).view(3, 7)
+    wide = torch.arange(8) < torch.tensor([[8], [5], [3]])
+    for view in (wide[:, :-1], wide[:, :-1].t().contiguous().t(), wide[1, :7].expand(3, 7)):
+        y, routing = seeded(moe, x, view, token_ids)
+        same, other = seeded(moe, x, view.contiguous(), token_ids)
+        assert torch.equal(y, same)
+        assert torch.equal(routing.capacity_mask, other.capacity_mask)
+        moe.router.update([routing])
 
 
 @every_router

@@ -132,9 +132,7 @@ class CausalAttention(nn.Module):
             # Itself, so that padding too has something to see: a softmax over nothing is NaN.
             itself_NN = torch.eye(N, dtype=torch.bool, device=x.device)
             sees_B1NN = padding_mask[:, None, None, :].expand(B, 1, N, N).tril() | itself_NN
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=sees_B1NN, is_causal=padding_mask is None
-        )
+        y = F.scaled_dot_product_attention(q, k, v, sees_B1NN, is_causal=sees_B1NN is None)
         return self.out_proj(y.transpose(1, 2).reshape(B, N, D))
 
 
@@ -240,8 +238,7 @@ def next_token_loss(
     0 where there is none. Raises ValueError where N < 2.
     """
     if tokens_BN.shape[1] < 2:
-        found = tuple(tokens_BN.shape)
-        raise ValueError(f"tokens of shape {found} hold no next token: N must be at least 2")
+        raise ValueError(f"tokens of shape {tuple(tokens_BN.shape)} hold no next token: N < 2")
     # The shift by one happens here: the caller gives the tokens that went into the model.
     next_BN = tokens_BN[:, 1:]
     if padding_mask is not None:

@@ -43,9 +43,8 @@ class BalancedAssignmentRouter(Router):
     def reset_weight(self) -> None:
         """Draw orthogonal rows of length 0.1."""
         # In float32 at least: there is no QR decomposition in bfloat16.
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        drawn = nn.init.orthogonal_(torch.empty_like(self.weight, dtype=dtype), gain=0.1)
-        self.weight.copy_(drawn)
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        self.weight.copy_(nn.init.orthogonal_(weight, gain=0.1))
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None, token_ids=None) -> Routing:
         """Route tokens; raises ValueError where in training a logit is not finite."""

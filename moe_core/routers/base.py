@@ -117,9 +117,8 @@ class Router(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         # load_state_dict(assign=True) takes the tensors as they are.
-        for key in (prefix + name for name in self._buffers):
-            if key in state_dict:
-                state_dict[key] = _wide(state_dict[key])
+        for key in {prefix + name for name in self._buffers} & set(state_dict):
+            state_dict[key] = _wide(state_dict[key])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
@@ -221,9 +220,8 @@ class Router(nn.Module):
 
 def _wide(state: Tensor) -> Tensor:
     """In float32 at least: a bias that changes by 0.001 a step would stand still in bfloat16."""
-    if not state.is_floating_point():
-        return state
-    return state.to(torch.promote_types(state.dtype, torch.float32))
+    wide = torch.promote_types(state.dtype, torch.float32)
+    return state.to(wide) if state.is_floating_point() else state
 
 
 def checked_padding_mask(padding_mask: Tensor | None, x: Tensor) -> Tensor:

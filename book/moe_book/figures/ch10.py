@@ -287,6 +287,4 @@ def hungriest(series: dict, step: list[int]) -> go.Figure:
         log_y=True,
         colors=dict(zip(series, ["#0072B2", "#E69F00", "#009E73", "#D55E00"])),
     )
-    return figure.update_yaxes(
-        tickvals=[LEAST, 0.1, 1, 8], ticktext=["≤0.02", "0.1", "1", "8"]
-    )
+    return figure.update_yaxes(tickvals=[LEAST, 0.1, 1, 8], ticktext=["≤0.02", "0.1", "1", "8"])

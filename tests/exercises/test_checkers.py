@@ -83,6 +83,34 @@ def test_at_least_two_other_right_answers_are_accepted(exercise):
         assert check(exercise.number, answer).right, (answer, check(exercise.number, answer))
 
 
+def in_another_style(value, style):
+    """What a right answer returns, as numpy, as plain lists and numbers, or in another precision."""
+    if isinstance(value, torch.Tensor):
+        if style == "plain":
+            return value.detach().tolist()
+        if style == "numpy":
+            return value.detach().numpy()
+        return value.to(torch.float64 if style == "double" else torch.float32)
+    if isinstance(value, (tuple, list)):
+        return type(value)(in_another_style(one, style) for one in value)
+    if isinstance(value, (bool, int, float)):
+        return np.asarray(value)[()] if style == "numpy" else value
+    return value
+
+
+@pytest.mark.parametrize("style", ["plain", "numpy", "double", "single"])
+@pytest.mark.parametrize(
+    "exercise",
+    [one for one in EXERCISES if type(one) is Exercise and callable(one.right)],
+    ids=lambda exercise: exercise.number,
+)
+def test_a_right_answer_is_right_in_any_style(exercise, style):
+    answers = handed_in(int(exercise.number.split(".")[0]), "RIGHT").get(exercise.number, [])
+    for answer in [exercise.right, *answers][:2]:
+        verdict = check(exercise.number, lambda *case: in_another_style(answer(*case), style))
+        assert verdict.right, (answer, verdict)
+
+
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_recorded_right_answers_belong_to_an_exercise(chapter):
     assert set(handed_in(chapter, "RIGHT")) <= set(exercises(chapter))

@@ -47,7 +47,8 @@ const MoeExplorer = (() => {
   }
 
   /* Frames name ink, muted and grid by fixed colours; here they become the reader's text colour, whole or faint. */
-  const inkOf = (host) => getComputedStyle(host).color || "rgb(31, 35, 40)"; // no color yet: JupyterLab renders before it attaches
+  const PAPER_INK = "rgb(31, 35, 40)";
+  const inkOf = (host) => getComputedStyle(host).color || PAPER_INK; // no color yet: JupyterLab renders before it attaches
   function themed(payload, ink) {
     const [r, g, b] = ink.match(/[\d.]+/g);
     const colors = Object.entries(payload.colors).map(([from, alpha]) => [from, alpha === 1 ? `rgb(${r},${g},${b})` : `rgba(${r},${g},${b},${alpha})`]);
@@ -141,6 +142,11 @@ const MoeExplorer = (() => {
       try { Plotly = await plotly(model); draw(); } catch (error) { plot.textContent = String(error.message); throw error; }
     }, { rootMargin: "600px" });
     near.observe(drawn);
+    // On paper every figure stands, in dark ink, wherever the reader has been; the library comes when the page has nothing else to do.
+    const print = () => { Plotly ??= window.Plotly; ink = PAPER_INK; frames = undefined; settle(false); paint(); };
+    addEventListener("beforeprint", print);
+    addEventListener("afterprint", () => recolor());
+    if (script && payload.height) (window.requestIdleCallback ?? setTimeout)(() => plotly(model).catch(() => {}), { timeout: 5000 });
     let width = 0;
     const resized = new ResizeObserver(() => { recolor(); if (drawn.clientWidth !== width) { width = drawn.clientWidth; draw(); } });
     resized.observe(drawn);
@@ -149,6 +155,7 @@ const MoeExplorer = (() => {
 
     return () => {
       alive = false;
+      removeEventListener("beforeprint", print);
       model.off("change:payload", reload); model.off("change:state", restate);
       for (const observer of [near, resized, theme]) observer.disconnect();
       for (const stop of stops) stop();
@@ -243,7 +250,8 @@ const MoeExplorer = (() => {
   }
 
   /* ---- the figure as a table: one row a point (or a bar, a cell of a heatmap, a tile of a treemap) ---- */
-  const plain = (text) => String(text ?? "").replace(/<[^>]*>/g, "").trim();
+  const ENTITIES = { "&lt;": "<", "&gt;": ">", "&amp;": "&" };
+  const plain = (text) => String(text ?? "").replace(/<\/?(?:a|b|br|em|i|span|sub|sup)\b[^>]*>/gi, "").replace(/&(?:lt|gt|amp);/g, (name) => ENTITIES[name]).trim();
 
   function fillTable(host, { data, layout, text }) {
     const cells = (tag, values) => make("tr", {}, ...values.map((v) => make(tag, { textContent: v, ...(tag === "th" && { scope: "col" }) })));
@@ -289,6 +297,10 @@ const MoeExplorer = (() => {
     render({ el, model: { get: (name) => traits[name], set: (name, value) => { traits[name] = value; }, save_changes() {}, on() {}, off() {} } });
   }
 
-  if (script) addEventListener("DOMContentLoaded", () => document.querySelectorAll("figure.moe-explorer").forEach(mount));
+  if (script) addEventListener("DOMContentLoaded", () => {
+    for (const figure of document.querySelectorAll("figure.moe-explorer")) {
+      try { mount(figure); } catch (error) { console.error(error); } // the others of the page still come
+    }
+  });
   return { render };
 })();

@@ -219,3 +219,8 @@ def test_text_names_what_does_not_fit(arguments, message):
 def test_each_kind_is_a_figure_on_a_clear_ground(figure):
     assert isinstance(figure, go.Figure)
     assert figure.layout.template.layout.paper_bgcolor == theme.CLEAR and figure.layout.height
+
+
+def test_a_token_that_looks_like_a_tag_stays_what_it_is():
+    figure = figures.routing_map([[0], [1], [0]], n_experts=2, tokens=["<br>", "&lt;", "a<b"])
+    assert list(figure.layout.yaxis.ticktext) == ["&lt;br&gt;", "&amp;lt;", "a&lt;b"]

@@ -27,6 +27,7 @@ WALK = """async (e, plot) => {
   }
   return [drawings.size, still];
 }"""
+INKS = "() => [...document.querySelectorAll('.moe-plot .xtitle, .moe-plot .ytitle')].map((e) => getComputedStyle(e).fill)"
 KEYS = {"range": "ArrowRight", "step": "ArrowRight", "select": "ArrowDown", "switch": "Space"}
 # One step of a slider: from the input event to the first task after the frame that shows it.
 STEP = """async (root) => {
@@ -237,3 +238,16 @@ def test_measure_a_step(seen, record_step, page_name):
         explorer.locator(".moe-drawn").scroll_into_view_if_needed()
         title = explorer.locator("figcaption").inner_text()
         record_step(f"{page_name}: {title}", statistics.median(explorer.evaluate(STEP)[1:]))
+
+
+@pytest.mark.pages_with("Explorer(")
+def test_on_paper_every_figure_stands_in_dark_ink_however_far_one_has_scrolled(visit):
+    page = visit(color_scheme="dark").page
+    page.wait_for_function("() => window.Plotly")  # comes by itself when the page is idle
+    assert page.pdf()[:4] == b"%PDF"
+    assert page.locator(".moe-drawn").count() == page.locator(".moe-drawn[data-frame]").count()
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    inks = page.evaluate(INKS)
+    assert inks and set(inks) <= {"rgb(31, 35, 40)"}, set(inks)
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert set(page.evaluate(INKS)) != set(inks)

@@ -1,5 +1,7 @@
 """The routing map: who goes where."""
 
+from html import escape
+
 import plotly.graph_objects as go
 
 from .. import theme
@@ -54,7 +56,7 @@ def routing_map(
     labels = (
         [str(t) for t in range(T)]
         if tokens is None
-        else [str(t).replace("\n", "⏎") for t in tokens]
+        else [escape(str(t).replace("\n", "⏎"), quote=False) for t in tokens]  # plotly reads tags
     )
     if len(labels) != T:
         raise ValueError(f"tokens has {len(labels)} labels; there are {T} tokens")

@@ -297,6 +297,12 @@ const MoeExplorer = (() => {
     render({ el, model: { get: (name) => traits[name], set: (name, value) => { traits[name] = value; }, save_changes() {}, on() {}, off() {} } });
   }
 
+  if (script) { // a page in dark colours is printed in light ones
+    const { dataset } = document.documentElement;
+    let theme;
+    addEventListener("beforeprint", () => { theme = dataset.theme; dataset.theme = "light"; });
+    addEventListener("afterprint", () => { dataset.theme = theme; });
+  }
   if (script) addEventListener("DOMContentLoaded", () => {
     for (const figure of document.querySelectorAll("figure.moe-explorer")) {
       try { mount(figure); } catch (error) { console.error(error); } // the others of the page still come

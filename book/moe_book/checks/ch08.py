@@ -4,39 +4,11 @@ import math
 
 import torch
 
-from .exercise import Exercise, Idea
-
-# 8.1: one step of the controller
-_BIAS = torch.tensor([0.02, -0.01, 0.0, -0.01])
-_STEPS = (
-    (torch.zeros(4), torch.tensor([10, 2, 2, 2]), 0.01),
-    (_BIAS, torch.tensor([6, 4, 1, 5]), 0.001),
-    (_BIAS, torch.tensor([4, 4, 4, 4]), 0.1),
-    (torch.zeros(3), torch.tensor([3, 3, 2]), 0.01),  # the mean is no whole number
-    (_BIAS + 2.0, torch.tensor([6, 4, 1, 5]), 0.001),  # a bias that has drifted
-)
-
-
-def _stepped(direction, centre=True):
-    def step(bias_E, counts_E, u):
-        new_E = bias_E + u * direction(counts_E.float())
-        return new_E - new_E.mean() if centre else new_E
-
-    return step
+from .exercise import Exercise, Idea, which, write_test
 
 
 def _missing_sign(c_E):
     return (c_E.mean() - c_E).sign()
-
-
-def _step_centred(bias_E, counts_E, u):
-    step_E = u * _missing_sign(counts_E.float())
-    return bias_E + step_E - step_E.mean()
-
-
-def _whole_mean(bias_E, counts_E, u):
-    new_E = bias_E + u * (counts_E.sum() // len(counts_E) - counts_E).sign()
-    return new_E - new_E.mean()
 
 
 # 8.2: choose with the bias, weigh without
@@ -56,46 +28,49 @@ def _routed(choose=lambda s, b: s + b, weigh=lambda s, b: s, norm=True, scale=Tr
     return route
 
 
-# 8.3: MaxVio of each batch and of all
-_COUNTS = (
-    (torch.tensor([[4, 2, 1, 1], [1, 1, 2, 4]]),),
-    (torch.tensor([[8, 0], [0, 8], [4, 4]]),),
-    (torch.tensor([[3, 3, 9], [5, 5, 2], [30, 20, 10]]),),
+# 8.3: what no border can mend
+_generator = torch.Generator().manual_seed(83)
+_ALIKE = torch.cat((torch.rand(12, generator=_generator) - 0.3, torch.full((28,), 0.9)))
+_LINES = (
+    (torch.tensor([0.1, -0.2, 0.3, 0.5, 0.4, 0.6]),),
+    (torch.tensor([0.3, 0.3, 0.3, 0.3, -0.1, 0.7, 0.8, 0.9]),),
+    (torch.tensor([0.5, 0.5, 0.2, 0.2, 0.2, 0.5]),),  # two lumps and a border between them
+    (torch.tensor([0.4, 0.1, 0.2, 0.5, 0.3]),),  # an odd number
+    (torch.tensor([0.1, 0.2, 0.2, 0.2, 0.2, 0.2, 0.5, 0.6, 0.7, 0.8]),),
+    (_ALIKE,),
+    (torch.full((6,), 0.25),),
 )
 
 
-def _vio(c):
-    c = c.float()
-    return c.max() / c.mean() - 1
+def _vio_right(right, T):
+    return max(right, T - right) / (T / 2) - 1
 
 
-def _violations(one=_vio, pool=True):
-    def violations(counts_SE):
-        mean = torch.stack([one(c) for c in counts_SE]).mean()
-        return mean, one(counts_SE.float().sum(0)) if pool else mean
+def _least_violation(d_T):
+    return min(_vio_right((d_T > at).sum().item(), len(d_T)) for at in d_T)
 
-    return violations
+
+def _no_lumps(d_T):
+    return len(d_T) % 2 / len(d_T)
+
+
+def _largest_lump(d_T):
+    return max(0.0, 2 * d_T.unique(return_counts=True)[1].max().item() / len(d_T) - 1)
+
+
+def _at_median(d_T):
+    return _vio_right((d_T > d_T.median()).sum().item(), len(d_T))
+
+
+def _at_mean(d_T):
+    return _vio_right((d_T > d_T.double().mean()).sum().item(), len(d_T))
+
+
+def _at_zero(d_T):
+    return _vio_right((d_T > 0).sum().item(), len(d_T))
 
 
 # 8.4: the best groups
-_CHOICE = torch.tensor(
-    [[0.9, 0.1, 0.6, 0.55, 0.5, 0.45, 0.7, 0.2], [0.3, 0.3, 0.1, 0.9, 0.8, 0.7, 0.2, 0.95]]
-)
-_FOURS = torch.tensor(
-    [[0.9, 0.8, 0.0, 0.1, 0.5, 0.49, 0.51, 0.48]]
-)  # best two against the sum of all
-_THREES = torch.tensor([[0.8, 0.7, 0.1, 0.79, 0.0, 0.05], [0.2, 0.1, 0.3, 0.9, 0.8, 0.7]])
-_GROUPS = (
-    (_CHOICE, 4, 2, 3),
-    (_CHOICE - 1.5, 4, 2, 3),
-    (_CHOICE, 2, 1, 3),
-    (_FOURS, 2, 1, 2),
-    (_FOURS - 4.0, 2, 1, 4),  # -1 is better than all of them
-    (torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.1, 0.1, 0.1]]), 3, 2, 3),  # one group has all
-    (_THREES, 2, 1, 2),
-)
-
-
 def _grouped(
     view=lambda c, G: c.unflatten(-1, (G, -1)),
     score=lambda g: g.topk(2, -1).values.sum(-1),
@@ -123,13 +98,20 @@ _strided = _grouped(
 )
 
 
+def _by_value(choice_TE, G, M, K):
+    """The same experts as those of _grouped, best first."""
+    index_TK = _grouped()(choice_TE, G, M, K)
+    order_TK = choice_TE.gather(-1, index_TK).argsort(-1, descending=True)
+    return index_TK.gather(-1, order_TK)
+
+
 def _some_of_each(choice_TE, G, M, K):
     """As many from each of the chosen groups."""
     grouped = choice_TE.unflatten(-1, (G, -1))
     each = min(-(-K // M), grouped.shape[-1])
     rows = []
     for row in grouped:
-        best = row.topk(2, -1).values.sum(-1).topk(M).indices.tolist()
+        best = row.topk(min(2, row.shape[-1]), -1).values.sum(-1).topk(M).indices.tolist()
         inside = [
             (float(row[g, e]), g * row.shape[1] + int(e))
             for g in best
@@ -185,56 +167,58 @@ def _never_zero(indices, real, E):
     return torch.where(c_E > c_E.mean(), -1.0, 1.0)
 
 
-# 8.6: how many steps until the last token of the margin moves over
-_ARRIVALS = ((0.4, 0.001), (0.5, 0.01), (0.25, 0.1))
+# 8.6: a step for a run
+_RUNS = ((200, 0.3, 0.08), (1000, 0.4, 0.012), (20_000, 0.1, 0.001), (40, 0.4, 0.05))
 
 
-def _arrival(margin, u):
-    return math.ceil(round(margin / (2 * u), 6))
+def _in_time(steps, delta):
+    """The smallest step with which the border is there after a tenth of the run, wherever it has to go."""
+    return 1.03 * delta / (2 * (steps // 10))
+
+
+def _choose_u(steps, delta, vio):
+    u = _in_time(steps, delta)
+    return u if 4 * u <= vio else 0.0
+
+
+def _trial(u, steps, delta, vio):
+    """The controller on tokens spread evenly around delta: True, or what goes wrong."""
+    for i in range(12):
+        place, border = delta * (0.97 + 0.06 * i / 11), 0.0
+        for step in range(steps):
+            off = place - border
+            if step >= steps // 10 and 2 * abs(off) > vio + 1e-9:
+                late = border < place - 2 * u and step == steps // 10
+                what = "still on its way" if late else "swinging"
+                return (
+                    f"With delta at {place:.4g} the border is {what} at step {step}, "
+                    f"and MaxVio is {min(1, 2 * abs(off)):.3g}, above {vio}."
+                )
+            border += 2 * u * ((off > 1e-12) - (off < -1e-12))
+    return True
+
+
+def _judge_u(u, steps, delta, vio):
+    if isinstance(u, (str, bool)):
+        return False
+    u = float(u)
+    if u == 0:
+        possible = _choose_u(steps, delta, vio) > 0
+        return "You say that no step will do. Here one does." if possible else True
+    return _trial(u, steps, delta, vio) if 0 < u < math.inf else False
 
 
 EXERCISES = (
-    Exercise(
+    which(
         "8.1",
-        right=_stepped(_missing_sign),
-        cases=_STEPS,
-        praise="Busy goes down, idle goes up, all by the same step, and the mean stays 0.",
-        ideas=(
-            Idea(
-                "wrong way",
-                _stepped(lambda c: (c - c.mean()).sign()),
-                "Your step goes the wrong way: the busy expert gets more attractive. "
-                "The load runs away instead of settling. It is sign(mean - count). Reread section 8.1.",
-            ),
-            Idea(
-                "not centred",
-                _stepped(_missing_sign, centre=False),
-                "The direction is right, but the mean of the bias is not taken off. "
-                "When one expert is busy and three are idle, the sum of the signs is not 0, and the bias drifts. Reread section 8.7.",
-            ),
-            Idea(
-                "step centred",
-                _step_centred,
-                "You take the mean off the step. A bias that has drifted stays where it is then: take the mean off the new bias. Reread section 8.7.",
-            ),
-            Idea(
-                "whole mean",
-                _whole_mean,
-                "Your mean is rounded down to a whole number. With counts 3, 3, 2 it is 8/3, and the idle expert must come up. Reread section 8.1.",
-            ),
-            Idea(
-                "proportional",
-                _stepped(lambda c: (c.mean() - c) / c.mean()),
-                "You step by the relative error, not by its sign. That is a "
-                "controller too, the proportional one, and its u means something else. Reread section 8.2.",
-            ),
-            Idea(
-                "raw counts",
-                _stepped(lambda c: c.mean() - c),
-                "You step by the raw difference of counts. With a million tokens in a batch "
-                "u = 0.001 would then be a step of hundreds. Take the sign. Reread section 8.1.",
-            ),
-        ),
+        options="ABCDE",
+        right="BD",
+        says={
+            "A": "A is sound. It compares E times a count with the total instead of the count with a mean: the same sign, and no rounding. Reread section 8.7.",
+            "C": "C is sound. It is the proportional rule of section 8.2: its steps shrink with the error, and the load gets even all the same.",
+            "E": "E is sound. Taking the same number off every bias changes no choice, whichever number it is. Reread section 8.7.",
+        },
+        praise="One aims at half the even load, the other answers to a load that is long gone. Neither would raise an error.",
     ),
     Exercise(
         "8.2",
@@ -274,84 +258,77 @@ EXERCISES = (
     ),
     Exercise(
         "8.3",
-        right=_violations(),
-        cases=_COUNTS,
-        praise="Batches may each be uneven and even out together. Memory and waiting time feel the first number, specialisation the second.",
+        right=_least_violation,
+        cases=_LINES,
+        praise="A border has one place between every two neighbours that differ, and nowhere else. No step size changes that.",
         ideas=(
             Idea(
-                "mean for both",
-                _violations(pool=False),
-                "Your second number is the mean of the first ones again. MaxVio global adds the "
-                "counts of all batches first and looks at the sum. Reread section 8.2.",
+                "lumps ignored",
+                _no_lumps,
+                "You split the tokens in two halves, whatever they are. Tokens with the same d are on the same side of every border. Reread section 8.1.",
             ),
             Idea(
-                "without the minus one",
-                _violations(one=lambda c: c.float().max() / c.float().mean()),
-                "You have the largest load over the "
-                "mean, which is 1 at perfect balance. MaxVio is the excess: subtract the mean first. Reread section 8.2.",
+                "largest lump",
+                _largest_lump,
+                "You looked at the size of the largest lump alone. It may stand far from the middle, or small ones may lie badly: try every place of the border. Reread section 8.1.",
             ),
             Idea(
-                "absolute",
-                _violations(
-                    one=lambda c: (c.float() - c.float().mean()).abs().max() / c.float().mean()
-                ),
-                "You take the largest "
-                "deviation to either side. MaxVio asks only about the busiest expert, since the others wait for it. Reread section 8.2.",
+                "border at the median",
+                _at_median,
+                "You put the border at the median, so that all tokens at the median go to one side. The other side of them may be better. Reread section 8.1.",
+            ),
+            Idea(
+                "border at the mean",
+                _at_mean,
+                "You put the border at the mean of d. The controller counts tokens and knows no distances: where half of them stand is the question. Reread section 8.1.",
+            ),
+            Idea(
+                "border at zero",
+                _at_zero,
+                "You left the border at 0, where it starts. The question is what the best price can reach. Reread section 8.1.",
+            ),
+            Idea(
+                "load instead of excess",
+                lambda d_T: _least_violation(d_T) + 1,
+                "You have the largest load over the mean, which is 1 at balance. MaxVio is the excess: take 1 off. Reread section 8.2.",
             ),
             Idea(
                 "share",
-                _violations(one=lambda c: c.float().max() / c.float().sum()),
-                "You have the busiest expert's share of all slots. It "
-                "depends on the number of experts; MaxVio compares with the mean load. Reread section 8.2.",
+                lambda d_T: (_least_violation(d_T) + 1) / 2,
+                "You have the busier expert's share of the tokens. MaxVio compares with the mean load, here half of them. Reread section 8.2.",
             ),
         ),
     ),
-    Exercise(
+    write_test(
         "8.4",
-        right=_grouped(),
-        cases=_GROUPS,
-        unordered=True,
-        praise="Groups first, experts inside them second, and nobody outside can win, however negative the scores.",
-        ideas=(
-            Idea(
-                "filled with zero",
+        good=(_grouped(), _by_value),
+        broken={
+            "filled with zero": (
                 _grouped(fill=0.0),
-                "You set the experts outside the groups to 0. Case 2 has negative values only, so 0 "
-                "is the best of them all and the outsiders win. Use -inf. Reread section 8.6.",
+                "Your test lets through one that sets the experts outside the groups to 0. Where do zeros win? Reread section 8.6.",
             ),
-            Idea(
-                "best expert",
+            "best expert": (
                 _grouped(score=lambda g: g.amax(-1)),
-                "You judge a group by its best expert alone. That is DeepSeek-V2's rule. "
-                "DeepSeek-V3 adds up the best two. Reread section 8.6.",
+                "Your test lets through one that judges a group by its best expert alone, DeepSeek-V2's rule. Give it a group with one star and a group with two good ones.",
             ),
-            Idea(
-                "whole group",
+            "whole group": (
                 _grouped(score=lambda g: g.sum(-1)),
-                "You judge a group by the sum of all its experts. Only its best two count: a group may be dull apart from them. Reread section 8.6.",
+                "Your test lets through one that judges a group by the sum of all its experts. You need groups of more than two to see it.",
             ),
-            Idea(
-                "filled with minus one",
-                _grouped(fill=-1.0),
-                "You set the experts outside the groups to -1. Biased scores may be lower still, and then the outsiders win. Use -inf. Reread section 8.6.",
-            ),
-            Idea(
-                "as many from each",
-                _some_of_each,
-                "You take a like number of experts from each chosen group. The K best inside the groups may all live in one. Reread section 8.6.",
-            ),
-            Idea(
-                "no limit",
+            "no limit": (
                 _no_limit,
-                "You took the K best of all experts. A token may then be sent to all groups. Reread section 8.6.",
+                "Your test lets through one that knows no groups at all. Let a very good expert stand in a poor group.",
             ),
-            Idea(
-                "strided",
+            "strided": (
                 _strided,
-                "You put every G-th expert into one group. Groups are neighbours: experts 0 and 1, then 2 and 3, and so "
-                "on, as they stand on the nodes. Reread section 8.6.",
+                "Your test lets through one that puts every G-th expert into one group instead of neighbours.",
             ),
-        ),
+            "as many from each": (
+                _some_of_each,
+                "Your test lets through one that takes a like number of experts from each chosen group. The K best may all live in one.",
+            ),
+        },
+        praise="All six are caught. Each of them gives right answers on most inputs, which is how three of them got into released code or papers.",
     ),
     Exercise(
         "8.5",
@@ -390,28 +367,41 @@ EXERCISES = (
     ),
     Exercise(
         "8.6",
-        right=_arrival,
-        cases=_ARRIVALS,
-        praise="The busy one goes down while the idle one comes up: the gap closes by 2u a step.",
+        right=_choose_u,
+        cases=_RUNS,
+        accepts=_judge_u,
+        tolerance=1e-7,
+        praise="Long runs leave room between too slow and too restless. A short run may leave none.",
         ideas=(
             Idea(
                 "one side",
-                lambda margin, u: math.ceil(round(margin / u, 6)),
-                "You divided by u. But both biases move: the busy expert's "
-                "down, the idle one's up, so the gap closes by 2u a step. Reread section 8.2.",
+                lambda steps, delta, vio: (u := delta / (steps // 10)) * (2 * u <= vio),
+                "You let one bias walk alone. Both move, so the border moves by 2u a step, and half of your u is enough. The other half makes the ripple. Reread section 8.1.",
             ),
             Idea(
-                "not whole",
-                lambda margin, u: margin / (2 * u),
-                "Steps are whole: round up, since the gap must be closed. Reread section 8.2.",
+                "at the end",
+                lambda steps, delta, vio: delta / (2 * steps),
+                "With this u the border arrives when the run ends. It must be there after a tenth of the steps. Reread section 8.2.",
             ),
             Idea(
-                "rounded down",
-                lambda margin, u: (
-                    math.floor(margin / (2 * u)) if margin / (2 * u) % 1 else margin / (2 * u) - 1
-                ),
-                "One step "
-                "short: you rounded down, and a gap that is not yet closed moves nobody. Reread section 8.2.",
+                "the paper's",
+                lambda steps, delta, vio: 0.001,
+                "0.001 is what the paper found best for its runs. A short run would end before the border is there. Reread section 8.2.",
+            ),
+            Idea(
+                "no margin",
+                lambda steps, delta, vio: (u := delta / (2 * (steps // 10))) * (4 * u <= vio),
+                "Your u is there in time if delta is exact. It is known to three percent only: plan for the longest way.",
+            ),
+            Idea(
+                "always a step",
+                lambda steps, delta, vio: _in_time(steps, delta),
+                "Your u is there in time in every run. In one of them it then swings too widely, and so does every larger one: what is to be returned there?",
+            ),
+            Idea(
+                "always the quiet step",
+                lambda steps, delta, vio: vio / 4,
+                "Your u swings as little as is asked for. In one of the runs it is too slow for a tenth of the steps: what is to be returned there?",
             ),
         ),
     ),

@@ -40,16 +40,20 @@ def source(page: str) -> str:
 
 
 def pytest_configure(config):
-    config.addinivalue_line(
-        "markers", "pages_with(text): run on those pages only whose source holds the text"
-    )
+    for line in (
+        "pages_with(text): run on those pages only whose source holds the text",
+        "first_page_with(text): run on the first of them only: what is tested is the same on all",
+    ):
+        config.addinivalue_line("markers", line)
 
 
 def pytest_generate_tests(metafunc):
     if "page_name" in metafunc.fixturenames:
-        marker = metafunc.definition.get_closest_marker("pages_with")
+        one = metafunc.definition.get_closest_marker("first_page_with")
+        marker = one or metafunc.definition.get_closest_marker("pages_with")
         pages = [page for page in toc_pages() if marker is None or marker.args[0] in source(page)]
         assert pages, f"no page holds {marker.args[0]!r}"
+        pages = pages[:1] if one else pages
         # The tests of a page run on one worker, which keeps it open for those that only look.
         metafunc.parametrize(
             "page_name",

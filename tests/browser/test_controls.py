@@ -57,8 +57,7 @@ def press(page, plot, key: str) -> str:
 
 
 @pytest.fixture
-def explorers(visit):
-    seen = visit()
+def explorers(seen):
     return seen.page, seen.explorers()
 
 
@@ -127,7 +126,7 @@ def test_a_change_is_announced_and_the_table_follows(explorers):
         explorer.locator("summary").click()
         control = explorer.locator(".moe-control").first
         widget = control.locator("input, select").first
-        before = said.text_content()
+        before, start = said.text_content(), value_of(widget)
         widget.focus()
         key = KEYS[kind_of(control)]
         at_end = widget.evaluate(
@@ -140,9 +139,11 @@ def test_a_change_is_announced_and_the_table_follows(explorers):
         )
         assert before.strip() and said.text_content().strip()
         assert explorer.locator("tbody tr").count() > 0
+        put(page, widget, start)
+        explorer.locator("summary").click()
 
 
-@pytest.mark.pages_with("Step(")
+@pytest.mark.first_page_with("Step(")
 def test_play_and_pause_by_keyboard(visit):
     page = visit(still_clock=True).page
     buttons = page.locator(".moe-play").all()
@@ -169,7 +170,7 @@ def test_play_and_pause_by_keyboard(visit):
         assert at() == 2
 
 
-@pytest.mark.pages_with("Step(")
+@pytest.mark.first_page_with("Step(")
 def test_no_animation_for_those_who_asked_for_none(visit):
     seen = visit(reduced_motion="reduce")
     seen.explorers()
@@ -181,8 +182,7 @@ def test_no_animation_for_those_who_asked_for_none(visit):
         assert button.get_attribute("data-playing") == "false"
 
 
-def test_a_figure_keeps_the_height_it_had_reserved(visit):
-    seen = visit()
+def test_a_figure_keeps_the_height_it_had_reserved(seen):
     heights = [
         plot.evaluate("(e) => parseFloat(e.style.minHeight)")
         for plot in seen.page.locator(".moe-plot").all()
@@ -240,7 +240,7 @@ def test_measure_a_step(seen, record_step, page_name):
         record_step(f"{page_name}: {title}", statistics.median(explorer.evaluate(STEP)[1:]))
 
 
-@pytest.mark.pages_with("Explorer(")
+@pytest.mark.first_page_with("Step(")
 def test_on_paper_every_figure_stands_in_dark_ink_however_far_one_has_scrolled(visit):
     page = visit(color_scheme="dark").page
     page.wait_for_function("() => window.Plotly")  # comes by itself when the page is idle

@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .routing import Routing
 
@@ -108,14 +107,25 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, plan: DispatchPlan) -> Tensor:
         ctx.plan = plan
-        return _copy(x_TD, plan)
+        rows_AD = x_TD.index_select(0, plan.token_A)
+        return rows_AD if plan.real_A is None else rows_AD.masked_fill_(~plan.real_A[:, None], 0)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_AD: Tensor):
         # Adding K rows up in bfloat16 would round K times.
         wide = torch.promote_types(grad_AD.dtype, torch.float32)
-        return _sum_bags(grad_AD.to(wide), ctx.plan, None).to(grad_AD.dtype), None
+        return _AddUp.apply(grad_AD.to(wide), ctx.plan).to(grad_AD.dtype), None
+
+
+class _AddUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_AD: Tensor, plan: DispatchPlan) -> Tensor:
+        ctx.plan = plan
+        return _sum_bags(rows_AD, plan, None)
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        return _Gather.apply(grad_TD, ctx.plan), None
 
 
 class _Combine(torch.autograd.Function):
@@ -127,22 +137,15 @@ class _Combine(torch.autograd.Function):
         return _sum_bags(wide_AD, plan, plan.bag_weights(weights_TK)).to(rows_AD.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_TD: Tensor):
         (rows_AD, weights_TK), plan = ctx.saved_tensors, ctx.plan
         weights_A = weights_TK.flatten().index_select(0, plan.slot_A)
-        grad_AD = _copy(grad_TD, plan).to(weights_A.dtype)
+        grad_AD = _Gather.apply(grad_TD, plan).to(weights_A.dtype)
         # A weight's gradient is its token's gradient times the row; a row's is the weight times it.
-        grad_weights_A = torch.linalg.vecdot(rows_AD.to(weights_A.dtype), grad_AD)
-        grad_weights_S = torch.zeros_like(weights_TK).flatten()
-        grad_weights_S = grad_weights_S.index_copy(0, plan.slot_A, grad_weights_A)
+        grad_A = torch.linalg.vecdot(rows_AD.to(weights_A.dtype), grad_AD)
+        grad_S = torch.zeros_like(weights_TK).flatten().index_copy(0, plan.slot_A, grad_A)
         grad_rows_AD = (grad_AD * weights_A.unsqueeze(-1)).to(rows_AD.dtype)
-        return grad_rows_AD, grad_weights_S.view_as(weights_TK), None
-
-
-def _copy(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
-    rows_AD = x_TD.index_select(0, plan.token_A)
-    return rows_AD if plan.real_A is None else rows_AD.masked_fill_(~plan.real_A.unsqueeze(-1), 0)
+        return grad_rows_AD, grad_S.view_as(weights_TK), None
 
 
 def _sum_bags(rows_AD: Tensor, plan: DispatchPlan, weights: Tensor | None) -> Tensor:

@@ -97,9 +97,9 @@ class CausalAttention(nn.Module):
         self.qkv_proj = nn.Linear(d_model, 3 * d_model, bias=False)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
         # Not persistent: a checkpoint then fits a model with another max_seq_len.
-        table = torch.empty(max_seq_len, d_model // n_heads // 2, dtype=torch.float32)
-        self.register_buffer("cos", table, persistent=False)
-        self.register_buffer("sin", table.clone(), persistent=False)
+        for name in ("cos", "sin"):
+            table = torch.empty(max_seq_len, d_model // n_heads // 2, dtype=torch.float32)
+            self.register_buffer(name, table, persistent=False)
         self.reset_tables()
 
     @torch.no_grad()

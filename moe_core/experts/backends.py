@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .activations import Activation
 from .fused import fused
@@ -84,7 +83,6 @@ class _BatchedLinear(torch.autograd.Function):
         return torch.bmm(x_ECI, weight_EOI.mT)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_ECO: Tensor):
         x_ECI, weight_EOI = ctx.saved_tensors
         return torch.bmm(grad_ECO, weight_EOI), torch.bmm(grad_ECO.mT, x_ECI)

@@ -97,6 +97,8 @@ def _setup(ctx, inputs, output):
 def _autograd(ctx, grad_AD, _grad_projected):
     if grad_AD is None:
         return (None,) * 11
+    if torch.is_grad_enabled():  # create_graph=True
+        raise RuntimeError('backend="fused" has no second derivative: take "loop" or "padded"')
     inputs = grad_AD.contiguous(), *ctx.saved_tensors, ctx.bias, *ctx.activation
     rows, gate_up, down, *biases = torch.ops.moe_core.experts_backward(*inputs)
     return rows, None, gate_up, down, *(biases if ctx.bias else (None, None)), *(None,) * 5

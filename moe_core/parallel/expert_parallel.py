@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .exchange import Exchange, TorchExchange
 from .placement import Placement, contiguous
@@ -197,6 +196,5 @@ class _Permute(torch.autograd.Function):
         return rows_AD.index_select(0, order_A)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_AD: Tensor):
-        return grad_AD.index_select(0, _inverse(ctx.saved_tensors[0])), None
+        return _Permute.apply(grad_AD, _inverse(ctx.saved_tensors[0])), None

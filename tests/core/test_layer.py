@@ -271,3 +271,24 @@ def test_token_ids_reach_the_router_that_reads_them_and_are_asked_for():
 def test_other_routers_leave_token_ids_alone():
     moe, x = layer(), randn(2, 3, 8)
     assert torch.equal(moe(x, None, torch.ones(2, 3, dtype=torch.int64))[0], moe(x)[0])
+
+
+@pytest.mark.parametrize("backend", ["loop", "padded"])
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.5}, {"n_shared_experts": 1}], ids=str)
+def test_second_derivatives_are_right_in_float64(backend, options):
+    moe = seeded(MixtureOfExperts, config(d_ff=3, backend=backend, **options)).double()
+    x = randn(2, 3, 8, dtype=torch.float64).requires_grad_()
+    weights = [moe.router.weight, moe.experts.down_proj]
+
+    def output(x, *weights):
+        named = dict(zip(("router.weight", "experts.down_proj"), weights))
+        return torch.func.functional_call(moe, named, (x,))[0]
+
+    assert torch.autograd.gradgradcheck(output, (x, *weights))
+
+
+def test_the_fused_bank_says_that_it_has_no_second_derivative():
+    moe, x = seeded(MixtureOfExperts, config(backend="fused")), randn(2, 3, 8).requires_grad_()
+    y = moe(x)[0].square().sum()
+    with pytest.raises(RuntimeError, match='"fused" has no second derivative: take "loop"'):
+        torch.autograd.grad(y, x, create_graph=True)

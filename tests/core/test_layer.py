@@ -274,7 +274,9 @@ def test_other_routers_leave_token_ids_alone():
 
 
 @pytest.mark.parametrize("backend", ["loop", "padded"])
-@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.5}, {"n_shared_experts": 1}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"capacity_factor": 0.5}, {"n_shared_experts": 1}], ids=str
+)
 def test_second_derivatives_are_right_in_float64(backend, options):
     moe = seeded(MixtureOfExperts, config(d_ff=3, backend=backend, **options)).double()
     x = randn(2, 3, 8, dtype=torch.float64).requires_grad_()

@@ -124,7 +124,7 @@ def train(
             with torch.no_grad():
                 logits, routings = model(tokens, told)
             log.add_evaluation(
-                step, routings, loss=next_token_loss(logits, tokens), padding_mask=mask
+                step, routings, loss=next_token_loss(logits, tokens, told), padding_mask=mask
             )
         model.train()
         loss, routings = train_step(model, optimizer, tokens, told)

@@ -15,6 +15,7 @@ from torch.distributed import TCPStore
 from moe_tools import diagnosis
 from moe_tools.diagnosis.routing_log import RoutingLog
 from moe_tools.pretrain import checkpoint
+from moe_tools.pretrain.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -361,26 +362,26 @@ def test_ranks_that_do_not_share_the_folder_are_told_at_the_first_checkpoint(tmp
         (["--config", __file__], 2, "is not JSON"),
     ],
 )
-def test_what_is_wrong_around_a_run_is_an_error_of_one_line(tmp_path, flags, status, said):
-    done = subprocess.run(
-        [*ALONE, *TINY, "--steps", "1", "--out", str(tmp_path / "out"), *flags],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
-    assert said in done.stderr
+def test_what_is_wrong_around_a_run_is_an_error_of_one_line(
+    tmp_path, monkeypatch, capfd, flags, status, said
+):
+    assert in_this_process(monkeypatch, ["--out", str(tmp_path / "out"), *flags]) == status
+    errors = capfd.readouterr().err
+    assert said in errors and "Traceback" not in errors
 
 
-def test_a_rank_without_torchrun_is_told_so(tmp_path):
-    done = subprocess.run(
-        [*ALONE, *TINY, "--out", str(tmp_path / "out")],
-        cwd=ROOT,
-        env=environment(RANK="0"),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 1 and "start the run with torchrun, or unset RANK" in done.stderr
+def test_a_rank_without_torchrun_is_told_so(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "0")
+    assert in_this_process(monkeypatch, ["--out", str(tmp_path / "out")]) == 1
+    assert "start the run with torchrun, or unset RANK" in capfd.readouterr().err
+
+
+def in_this_process(monkeypatch, flags) -> int:
+    """The exit status of the command line."""
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["pretrain", *TINY, "--steps", "1", *flags])
+    try:
+        return main()
+    except SystemExit as ended:
+        return ended.code

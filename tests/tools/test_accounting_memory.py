@@ -68,7 +68,7 @@ def kept_beyond_the_formula(cfg: LMConfig, b: int = 4) -> int:
     }
     once = {
         "the loss has no target for the last position": -B * V * 4,
-        "its weight and its targets": 4 + 8 * B * (N - 1),
+        "its weight, its targets and how many there are": 4 + 8 * B * (N - 1) + 8,
     }
     if moe:
         per_token["weights before they are renormalised, their sum, and that kept above 0"] = (

@@ -1,6 +1,7 @@
 """Rules on small exact logs: silent just below their threshold, speaking just above it, with evidence that is true."""
 
 import json
+import math
 from dataclasses import replace
 from math import log as ln
 
@@ -125,7 +126,19 @@ def ranks(slow: float, slow_rows: float = 500.0, slow_in: int = 4) -> RoutingLog
 
 
 # illness -> (a log just below the threshold, a log just above it, evidence computed by hand)
+def spoiled(step: int, **changes) -> RoutingLog:
+    """Well, but for one number of one step."""
+    log = history(WELL)
+    log.training[step].layers[0] = well(**changes)
+    return log
+
+
 CASES = {
+    "diverged": (
+        spoiled(2, largest_logit=3e38),
+        spoiled(2, bias=[math.nan] + [0.0] * 7),
+        {"first_seen_at_step": 30, "steps": [30, 30], "last_finite_step": 20},
+    ),
     "collapse": (
         history(one_gets(625)),
         history(one_gets(626)),  # half way from 250 to 1000
@@ -252,11 +265,7 @@ def test_a_finding_says_what_to_do_and_where_the_rule_comes_from(illness):
         and len(finding.source) > 10
         and isinstance(finding.severity, Severity)
     )
-    assert finding.layer == (
-        None
-        if illness in ("train-eval gap", "straggler rank", "slow all-to-all", "memory pressure")
-        else 0
-    )
+    assert finding.layer == (None if ILLNESSES[illness].whole_run else 0)
     assert set(finding.evidence) and json.loads(json.dumps(finding.evidence)) == finding.evidence
 
 
@@ -462,6 +471,7 @@ def test_what_the_log_cannot_show_is_not_asked_and_said_so():
         step.padding_share = None
     findings = diagnose(log)
     assert findings == [] and set(findings.unasked) == set(ILLNESSES) - {
+        "diverged",
         "collapse",
         "starvation",
         "load imbalance",

@@ -70,3 +70,15 @@ def gangs():
     yield gang
     for one in made.values():
         one.close()
+
+
+# Here, since with xdist the process that prints reads no conftest further down.
+def pytest_terminal_summary(terminalreporter):
+    reports = terminalreporter.stats.get("passed", [])  # from all workers
+    steps = [value for report in reports for key, value in report.user_properties if key == "step"]
+    if steps:
+        terminalreporter.section(
+            "from a slider's step to its figure, median in ms (measured, not asserted)"
+        )
+        for name, milliseconds in steps:
+            terminalreporter.write_line(f"{milliseconds:6.1f}  {name}")

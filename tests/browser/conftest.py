@@ -193,14 +193,3 @@ def seen(browser, site, page_name, _opened) -> Visit:
 def record_step(record_property):
     """record_step(name, milliseconds) keeps a measured time for the summary at the end."""
     return lambda name, milliseconds: record_property("step", (name, milliseconds))
-
-
-def pytest_terminal_summary(terminalreporter):
-    reports = terminalreporter.stats.get("passed", [])  # from all workers
-    steps = [value for report in reports for key, value in report.user_properties if key == "step"]
-    if steps:
-        terminalreporter.section(
-            "from a slider's step to its figure, median in ms (measured, not asserted)"
-        )
-        for name, milliseconds in steps:
-            terminalreporter.write_line(f"{milliseconds:6.1f}  {name}")
